@@ -1,0 +1,9 @@
+//! The MANA NIC (Microsoft Azure Network Adapter) as a device model.
+#![forbid(unsafe_code)]
+
+pub mod config;
+mod device;
+pub mod doors;
+pub mod observe;
+
+pub use device::{AccessError, Bar, ConfigEffect, ConfigError, Host, ManaDevice, Ran};

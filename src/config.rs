@@ -1,0 +1,117 @@
+//! What the user asked for, checked: the one description of a virtual machine that everything is built from.
+
+use std::path::PathBuf;
+use std::time::Duration;
+
+use mana_device::config::DeviceConfig;
+
+/// CPUs and how the guest sees them: `nodes` × `sockets` × `cores` × `threads`.
+///
+/// `sockets` counts the packages of the whole machine and is a multiple of `nodes`, or the nodes split a package
+/// evenly; `cpus == sockets * cores * threads`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Topology {
+    /// All logical CPUs.
+    pub cpus: u32,
+    /// Threads of a core.
+    pub threads: u32,
+    /// Cores of a package.
+    pub cores: u32,
+    /// Packages.
+    pub sockets: u32,
+    /// NUMA nodes; CPUs and memory are dealt out to them in order, in equal parts.
+    pub nodes: u32,
+}
+
+/// How guest code is run.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Accel {
+    /// This machine's KVM if it can run a guest, else nested.
+    Auto,
+    /// This machine's KVM or nothing.
+    Kvm,
+    /// KVM of a machine that QEMU emulates, with the same VMM inside it.
+    Nested,
+}
+
+/// What a network device is plugged into.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum NetdevKind {
+    /// The built-in host: DHCP, ARP/ND, ping, echo, discard, chargen.
+    Peer,
+    /// A tap interface of the host.
+    Tap {
+        /// The interface's name.
+        ifname: String,
+    },
+    /// Takes everything, sends nothing.
+    Null,
+}
+
+/// One `--netdev`.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Netdev {
+    /// Name that `--device mana,netdev=` refers to.
+    pub id: String,
+    /// The other end.
+    pub kind: NetdevKind,
+    /// pcap file for everything that passes (`--pcap ID=FILE`).
+    pub pcap: Option<PathBuf>,
+}
+
+/// Where the function sits.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Slot {
+    /// Directly on the root bus.
+    Root,
+    /// Behind a root port, which gives it a slot (kernels 6.13 to 6.19 oops without one).
+    Port,
+}
+
+/// One `--device mana`.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ManaNic {
+    /// Limits and identities for the device model.
+    pub device: DeviceConfig,
+    /// Netdev ids, one a vPort.
+    pub netdevs: Vec<String>,
+    /// NUMA node of the function, if it has one.
+    pub node: Option<u32>,
+    /// Root bus or root port.
+    pub slot: Slot,
+    /// End the run with exit code 4 when the driver breaks a rule of the device.
+    pub strict: bool,
+}
+
+/// A whole virtual machine: `mana-vmm boot`.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct VmConfig {
+    /// bzImage or vmlinux.
+    pub kernel: PathBuf,
+    /// The user's own initramfs; without one it is made from `modules` and the agent.
+    pub initrd: Option<PathBuf>,
+    /// `lib/modules/VERSION` folder of the kernel.
+    pub modules: Option<PathBuf>,
+    /// Folder whose `mana.ko` (and `mana_ib.ko`) replace the kernel's own.
+    pub driver: Option<PathBuf>,
+    /// Added to the kernel command line.
+    pub append: String,
+    /// Shell command for the guest, after which it powers off.
+    pub exec: Option<String>,
+    /// CPUs.
+    pub topology: Topology,
+    /// Bytes of guest RAM, a multiple of 2 MiB a node.
+    pub memory: u64,
+    /// KVM here or nested.
+    pub accel: Accel,
+    /// Cables.
+    pub netdevs: Vec<Netdev>,
+    /// MANA functions.
+    pub nics: Vec<ManaNic>,
+    /// Trace file (JSON lines).
+    pub trace: Option<PathBuf>,
+    /// Guest console goes here instead of the terminal.
+    pub console: Option<PathBuf>,
+    /// End the run with exit code 3 after this long.
+    pub timeout: Option<Duration>,
+}

@@ -1,0 +1,3 @@
+//! A small VMM with an emulated MANA NIC.
+
+pub mod config;

@@ -1,0 +1,3 @@
+//! The command line of mana-vmm.
+
+fn main() {}
