@@ -1,3 +1,4 @@
 //! A small VMM with an emulated MANA NIC.
 
 pub mod config;
+pub mod cpio;
