@@ -1,4 +1,7 @@
 //! A small VMM with an emulated MANA NIC.
 
+pub mod cli;
 pub mod config;
 pub mod cpio;
+pub mod keyval;
+pub mod vm;

@@ -1,0 +1,228 @@
+//! The command line: what may be written, and the [`VmConfig`] that it means.
+//!
+//! clap knows the options; [`options`] knows the `key=value` lists behind them, which follow QEMU's conventions
+//! where a user of QEMU would look for them.
+
+mod guest;
+mod options;
+
+use std::path::PathBuf;
+use std::time::Duration;
+
+use clap::{Args, Parser, Subcommand, ValueEnum};
+
+use crate::config::{Accel, VmConfig};
+use crate::keyval::OptionError;
+
+/// A small VMM with an emulated MANA NIC (Microsoft Azure Network Adapter).
+#[derive(Debug, Parser)]
+#[command(name = "mana-vmm", version, max_term_width = 110)]
+pub struct Cli {
+    /// What to do.
+    #[command(subcommand)]
+    pub command: Command,
+}
+
+/// The subcommands.
+#[derive(Debug, Subcommand)]
+pub enum Command {
+    /// Boot a guest kernel.
+    ///
+    /// Exit code: 0 the guest powered off; 1 bad arguments or a host error; 2 guest kernel panic or oops;
+    /// 3 time-out; 4 the driver broke a device rule and strict=on; 5 the --exec command failed.
+    Boot(Box<BootArgs>),
+}
+
+/// `--accel`.
+#[derive(Clone, Copy, Debug, ValueEnum)]
+pub enum AccelArg {
+    /// This machine's KVM if it can run a guest, else nested.
+    Auto,
+    /// This machine's KVM or nothing.
+    Kvm,
+    /// The same VM inside QEMU TCG with nested SVM.
+    Nested,
+}
+
+/// `mana-vmm boot`.
+#[derive(Args, Debug)]
+pub struct BootArgs {
+    /// Guest made by resources/fetch-guests: 6.1, 6.12, newest, ...
+    #[arg(long, value_name = "SERIES", conflicts_with = "kernel", required_unless_present = "kernel")]
+    guest: Option<String>,
+    /// bzImage or vmlinux.
+    #[arg(long, value_name = "FILE")]
+    kernel: Option<PathBuf>,
+    /// Initramfs; without one it is made from --modules and the guest agent.
+    #[arg(long, value_name = "FILE", conflicts_with_all = ["driver", "exec"])]
+    initrd: Option<PathBuf>,
+    /// The kernel's lib/modules/VERSION.
+    #[arg(long, value_name = "DIR", conflicts_with = "guest")]
+    modules: Option<PathBuf>,
+    /// Folder with the mana.ko (and mana_ib.ko) to use instead of the kernel's own.
+    #[arg(long, value_name = "DIR")]
+    driver: Option<PathBuf>,
+    /// Added to the kernel command line.
+    #[arg(
+        long,
+        value_name = "STR",
+        default_value = "",
+        hide_default_value = true,
+        allow_hyphen_values = true
+    )]
+    append: String,
+    /// Shell command for the guest, run once the driver is loaded; then the guest powers off.
+    #[arg(long, value_name = "CMD", allow_hyphen_values = true)]
+    exec: Option<String>,
+    /// N, or cpus=,threads=,cores=,sockets=,nodes= (sockets counts those of one node).
+    #[arg(long, value_name = "N|LIST", default_value = "1")]
+    cpus: String,
+    /// Guest RAM: 512M, 2G; a bare number is MiB.
+    #[arg(long, value_name = "SIZE", default_value = "1G")]
+    memory: String,
+    /// Where guest code runs.
+    #[arg(long, value_enum, default_value = "auto")]
+    accel: AccelArg,
+    /// Cable: peer,id=ID | tap,id=ID,ifname=NAME | null,id=ID.
+    #[arg(long, value_name = "KIND,id=ID")]
+    netdev: Vec<String>,
+    /// Network device: mana[,netdev=ID]...[,mac=][,mtu=][,max-msix=][,msix-table=][,max-queues=][,node=]
+    /// [,slot=root|port][,rdma=on|off][,strict=on|off]; one vPort for each netdev, a peer if there is none.
+    #[arg(long, value_name = "mana[,KEY=VALUE]...")]
+    device: Vec<String>,
+    /// Write the device's events to this file (JSON lines; `mana-vmm trace` reads it).
+    #[arg(long, value_name = "FILE")]
+    trace: Option<PathBuf>,
+    /// Guest console to this file instead of the terminal.
+    #[arg(long, value_name = "FILE")]
+    console: Option<PathBuf>,
+    /// Everything that passes the netdev ID to this file.
+    #[arg(long, value_name = "ID=FILE")]
+    pcap: Vec<String>,
+    /// End with exit code 3 after so many seconds.
+    #[arg(long, value_name = "SECONDS", value_parser = clap::value_parser!(u64).range(1..))]
+    timeout: Option<u64>,
+}
+
+impl BootArgs {
+    /// The virtual machine that the arguments ask for.
+    ///
+    /// # Errors
+    /// [`OptionError`] for the first value that makes no sense, and for a file that is not there.
+    pub fn into_config(self) -> Result<VmConfig, OptionError> {
+        let topology = options::cpus(&self.cpus)?;
+        let memory = options::memory(&self.memory, &topology)?;
+        let mut netdevs = options::netdevs(&self.netdev)?;
+        let nics = options::devices(&self.device, &mut netdevs, &topology)?;
+        options::pcaps(&self.pcap, &mut netdevs)?;
+        let guest = guest::find(self.guest.as_deref(), self.kernel, self.modules)?;
+        for (option, path) in [("--initrd", &self.initrd), ("--driver", &self.driver)] {
+            guest::must_exist(option, path.as_deref())?;
+        }
+        Ok(VmConfig {
+            kernel: guest.kernel,
+            initrd: self.initrd,
+            modules: guest.modules,
+            driver: self.driver,
+            append: self.append,
+            exec: self.exec,
+            topology,
+            memory,
+            accel: match self.accel {
+                AccelArg::Auto => Accel::Auto,
+                AccelArg::Kvm => Accel::Kvm,
+                AccelArg::Nested => Accel::Nested,
+            },
+            netdevs,
+            nics,
+            trace: self.trace,
+            console: self.console,
+            timeout: self.timeout.map(Duration::from_secs),
+        })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::CommandFactory;
+
+    use super::*;
+    use crate::config::{NetdevKind, Slot};
+
+    fn config(arguments: &[&str]) -> Result<VmConfig, String> {
+        let kernel = ["mana-vmm", "boot", "--kernel", "/proc/self/exe"];
+        let cli = Cli::try_parse_from(kernel.iter().chain(arguments)).map_err(|error| error.to_string())?;
+        let Command::Boot(boot) = cli.command;
+        boot.into_config().map_err(|error| error.to_string())
+    }
+
+    #[test]
+    fn clap_agrees_with_itself() {
+        Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn a_bare_device_gets_a_peer() {
+        let config = config(&["--device", "mana"]).unwrap();
+        assert_eq!(config.netdevs.len(), 1);
+        assert_eq!(config.netdevs[0].kind, NetdevKind::Peer);
+        assert_eq!(config.nics[0].netdevs, [config.netdevs[0].id.clone()]);
+        assert_eq!(config.nics[0].slot, Slot::Port);
+        assert_eq!(config.topology.cpus, 1);
+        assert_eq!(config.memory, 1 << 30);
+    }
+
+    #[test]
+    fn a_whole_machine() {
+        let config = config(&[
+            "--cpus=cpus=8,threads=2,cores=2,sockets=1,nodes=2",
+            "--memory=2G",
+            "--netdev=null,id=n0",
+            "--netdev=tap,id=n1,ifname=tap0",
+            "--device=mana,netdev=n0,netdev=n1,mac=52:54:00:00:00:ff,max-msix=5,msix-table=33,node=1,slot=root",
+            "--pcap=n0=/tmp/a.pcap",
+            "--timeout=60",
+        ])
+        .unwrap();
+        assert_eq!((config.topology.sockets, config.topology.nodes), (2, 2));
+        let nic = &config.nics[0];
+        assert_eq!(nic.device.vports[0].mac, [0x52, 0x54, 0, 0, 0, 0xff]);
+        assert_eq!(nic.device.vports[1].mac, [0x52, 0x54, 0, 0, 1, 0]);
+        assert_eq!((nic.device.max_msix, nic.device.msix_table_size), (5, 33));
+        assert_eq!((nic.node, nic.slot), (Some(1), Slot::Root));
+        assert!(config.netdevs[0].pcap.is_some() && config.netdevs[1].pcap.is_none());
+        assert_eq!(config.timeout, Some(Duration::from_secs(60)));
+    }
+
+    #[test]
+    fn errors_name_the_option() {
+        for (arguments, option) in [
+            (vec!["--cpus=0"], "--cpus"),
+            (vec!["--cpus=cpus=8,threads=3"], "--cpus"),
+            (vec!["--memory=3"], "--memory"),
+            (vec!["--memory=1Q"], "--memory"),
+            (vec!["--netdev=peer"], "--netdev"),
+            (vec!["--netdev=bridge,id=a"], "--netdev"),
+            (vec!["--netdev=tap,id=a"], "--netdev"),
+            (vec!["--netdev=peer,id=a", "--netdev=null,id=a"], "--netdev"),
+            (vec!["--device=virtio-net"], "--device"),
+            (vec!["--device=mana,netdev=n9"], "--device"),
+            (vec!["--netdev=peer,id=a", "--device=mana,netdev=a", "--device=mana,netdev=a"], "--device"),
+            (vec!["--device=mana,mac=01:00:00:00:00:00"], "--device"),
+            (vec!["--device=mana,mtu=60"], "--device"),
+            (vec!["--device=mana,max-msix=0"], "--device"),
+            (vec!["--device=mana,msix-table=2049"], "--device"),
+            (vec!["--device=mana,max-queues=65"], "--device"),
+            (vec!["--device=mana,node=1"], "--device"),
+            (vec!["--device=mana,slot=left"], "--device"),
+            (vec!["--pcap=n0=/tmp/x"], "--pcap"),
+            (vec!["--initrd=/nowhere"], "--initrd"),
+            (vec!["--modules=/nowhere"], "--modules"),
+            (vec!["--timeout=0"], "--timeout"),
+            (vec!["--guest=6.1"], "--guest"),
+        ] {
+            let error = config(&arguments).expect_err(&format!("{arguments:?} is wrong"));
+            assert!(error.contains(option), "{arguments:?}: {error}");
+        }
+    }
+}

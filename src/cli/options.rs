@@ -1,0 +1,286 @@
+//! The values of `--cpus`, `--memory`, `--netdev`, `--device` and `--pcap`.
+
+use std::collections::HashSet;
+
+use mana_device::config::{DeviceConfig, MAX_QUEUES_PER_VPORT, MAX_VPORTS, MSIX_TABLE_SIZES, VportConfig};
+
+use crate::config::{ManaNic, Netdev, NetdevKind, Slot, Topology};
+use crate::keyval::{KeyValues, OptionError};
+
+/// More would need APIC ids above 254, hence x2APIC and interrupt remapping.
+const MAX_CPUS: u64 = 254;
+/// Guest RAM is dealt out to nodes in pieces of this size.
+const MEMORY_GRANULE: u64 = 2 << 20;
+/// A Debian kernel with a small initramfs boots in this much.
+const MIN_MEMORY: u64 = 64 << 20;
+const MAX_MEMORY: u64 = 1 << 40;
+/// Locally administered, from QEMU's customary range.
+const FIRST_MAC: u64 = 0x5254_0012_3456;
+/// Smallest and largest IP packet of the device: IPv4's minimum (RFC 791), and what `adapter_mtu`, which counts
+/// the Ethernet header, can say for the jumbo frames that mana knows.
+const MTU: std::ops::RangeInclusive<u64> = 68..=9216;
+
+/// `--cpus`: QEMU's `-smp`, except that `sockets` counts those of one node.
+///
+/// What is missing is derived as QEMU derives it: one socket a node, one thread a core, as many cores as it takes.
+pub(super) fn cpus(text: &str) -> Result<Topology, OptionError> {
+    const OPTION: &str = "--cpus";
+    let mut options = KeyValues::parse(OPTION, "cpus", text)?;
+    let mut take = |key| options.take_number::<u32>(key, 1..=MAX_CPUS);
+    let (cpus, threads, cores) = (take("cpus")?, take("threads")?, take("cores")?);
+    let (sockets, nodes) = (take("sockets")?.unwrap_or(1), take("nodes")?.unwrap_or(1));
+    options.finish()?;
+
+    let threads = threads.unwrap_or(1);
+    let packages = nodes * sockets;
+    let cores = cores.unwrap_or_else(|| cpus.map_or(1, |cpus| (cpus / (packages * threads)).max(1)));
+    let product = [packages, cores, threads].into_iter().map(u64::from).product::<u64>();
+    let cpus = cpus.map_or(product, u64::from);
+    if cpus != product {
+        let sum =
+            format!("{nodes} nodes x {sockets} sockets x {cores} cores x {threads} threads are {product}");
+        return Err(OptionError::new(OPTION, format!("{sum} CPUs, not cpus={cpus}")));
+    }
+    if cpus > MAX_CPUS {
+        return Err(OptionError::new(OPTION, format!("{cpus} CPUs are more than {MAX_CPUS}")));
+    }
+    Ok(Topology { cpus: cpus as u32, threads, cores, sockets: packages, nodes })
+}
+
+/// `--memory`: a number with K, M, G or T behind it; without, MiB as in QEMU.
+pub(super) fn memory(text: &str, topology: &Topology) -> Result<u64, OptionError> {
+    let error = |reason: String| OptionError::new("--memory", reason);
+    let digits = text.trim_end_matches(|c: char| c.is_ascii_alphabetic());
+    let shift = match text[digits.len()..].to_ascii_uppercase().as_str() {
+        "K" => 10,
+        "" | "M" => 20,
+        "G" => 30,
+        "T" => 40,
+        _ => return Err(error(format!("`{text}` is not a size such as 512M or 2G"))),
+    };
+    let bytes = digits.parse::<u64>().ok().and_then(|number| number.checked_mul(1 << shift));
+    let bytes = bytes.ok_or_else(|| error(format!("`{text}` is not a size such as 512M or 2G")))?;
+    if !(MIN_MEMORY..=MAX_MEMORY).contains(&bytes) {
+        return Err(error(format!("`{text}` is not between 64M and 1T")));
+    }
+    let granule = MEMORY_GRANULE * u64::from(topology.nodes);
+    if !bytes.is_multiple_of(granule) {
+        return Err(error(format!("`{text}` is not a multiple of 2M for each of {} nodes", topology.nodes)));
+    }
+    Ok(bytes)
+}
+
+/// `--netdev`, all of them.
+pub(super) fn netdevs(texts: &[String]) -> Result<Vec<Netdev>, OptionError> {
+    let mut netdevs = Vec::<Netdev>::new();
+    for text in texts {
+        let netdev = netdev(text)?;
+        if netdevs.iter().any(|other| other.id == netdev.id) {
+            return Err(OptionError::new("--netdev", format!("id `{}` is given twice", netdev.id)));
+        }
+        netdevs.push(netdev);
+    }
+    Ok(netdevs)
+}
+
+fn netdev(text: &str) -> Result<Netdev, OptionError> {
+    const OPTION: &str = "--netdev";
+    let mut options = KeyValues::parse(OPTION, "type", text)?;
+    let missing = |key: &str| OptionError::new(OPTION, format!("`{text}` needs {key}"));
+    let kind = match options.take("type")?.as_deref() {
+        Some("peer") => NetdevKind::Peer,
+        Some("null") => NetdevKind::Null,
+        Some("tap") => NetdevKind::Tap {
+            ifname: options
+                .take_with("ifname", "an interface's name, 1 to 15 bytes long", interface_name)?
+                .ok_or_else(|| missing("ifname=NAME"))?,
+        },
+        _ => return Err(OptionError::new(OPTION, format!("`{text}` is none of peer, tap and null"))),
+    };
+    let id = options.take("id")?.ok_or_else(|| missing("id=NAME"))?;
+    options.finish()?;
+    Ok(Netdev { id, kind, pcap: None })
+}
+
+/// IFNAMSIZ counts the final zero byte.
+fn interface_name(name: &str) -> Option<String> {
+    let fits = (1..libc::IFNAMSIZ).contains(&name.len()) && !name.contains(['/', ' ']);
+    fits.then(|| name.to_owned())
+}
+
+/// `--device`, all of them. A device without a netdev gets a peer of its own, which is added to `netdevs`.
+pub(super) fn devices(
+    texts: &[String],
+    netdevs: &mut Vec<Netdev>,
+    topology: &Topology,
+) -> Result<Vec<ManaNic>, OptionError> {
+    let mut next_mac = FIRST_MAC;
+    let mut nics = Vec::new();
+    for text in texts {
+        nics.push(mana(text, netdevs, topology, &mut next_mac)?);
+    }
+    let mut plugged = HashSet::new();
+    for id in nics.iter().flat_map(|nic| &nic.netdevs) {
+        if !plugged.insert(id) {
+            return Err(OptionError::new(
+                "--device",
+                format!("netdev `{id}` can be plugged into one port only"),
+            ));
+        }
+    }
+    for netdev in netdevs.iter().filter(|netdev| !plugged.contains(&netdev.id)) {
+        log::warn!("--netdev {}: no --device uses it", netdev.id);
+    }
+    Ok(nics)
+}
+
+fn mana(
+    text: &str,
+    netdevs: &mut Vec<Netdev>,
+    topology: &Topology,
+    next_mac: &mut u64,
+) -> Result<ManaNic, OptionError> {
+    const OPTION: &str = "--device";
+    let mut options = KeyValues::parse(OPTION, "driver", text)?;
+    match options.take("driver")?.as_deref() {
+        Some("mana") => {}
+        _ => return Err(OptionError::new(OPTION, format!("`{text}`: the only device there is, is mana"))),
+    }
+    let defaults = DeviceConfig::default();
+    let table_sizes = u64::from(*MSIX_TABLE_SIZES.start())..=u64::from(*MSIX_TABLE_SIZES.end());
+    let max_msix = options.take_number("max-msix", table_sizes.clone())?;
+    let msix_table_size = options.take_number("msix-table", table_sizes)?;
+    let max_queues = options.take_number("max-queues", 1..=u64::from(MAX_QUEUES_PER_VPORT))?;
+    let mtu = options.take_number("mtu", MTU)?;
+    let mac = options.take_with("mac", "a unicast address such as 52:54:00:12:34:56", unicast_mac)?;
+    let rdma = options.take_switch("rdma")?;
+    let strict = options.take_switch("strict")?;
+    let node = options.take_number("node", 0..=u64::from(topology.nodes - 1))?;
+    let slot = options.take_with("slot", "root or port", |slot| match slot {
+        "root" => Some(Slot::Root),
+        "port" => Some(Slot::Port),
+        _ => None,
+    })?;
+    let mut ids = options.take_all("netdev");
+    options.finish()?;
+
+    if let Some(id) = ids.iter().find(|id| netdevs.iter().all(|netdev| netdev.id != **id)) {
+        return Err(OptionError::new(OPTION, format!("there is no --netdev with id={id}")));
+    }
+    if ids.len() > MAX_VPORTS {
+        return Err(OptionError::new(OPTION, format!("{} netdevs are more than {MAX_VPORTS}", ids.len())));
+    }
+    if ids.is_empty() {
+        ids.push(add_peer(netdevs));
+    }
+    *next_mac = mac.unwrap_or(*next_mac);
+    let vports = ids.iter().map(|_| VportConfig {
+        mac: mac_bytes(std::mem::replace(next_mac, *next_mac + 1)),
+        max_queues: max_queues.unwrap_or(MAX_QUEUES_PER_VPORT),
+    });
+    let device = DeviceConfig {
+        vports: vports.collect(),
+        max_msix: max_msix.unwrap_or(defaults.max_msix),
+        msix_table_size: msix_table_size.unwrap_or(defaults.msix_table_size),
+        mtu: mtu.unwrap_or(defaults.mtu),
+        rdma: rdma.unwrap_or(defaults.rdma),
+        ..defaults
+    };
+    let (slot, strict) = (slot.unwrap_or(Slot::Port), strict.unwrap_or(false));
+    Ok(ManaNic { device, netdevs: ids, node, slot, strict })
+}
+
+/// A new peer with the first id of the form `peerN` that is free.
+fn add_peer(netdevs: &mut Vec<Netdev>) -> String {
+    let taken = |id: &String| netdevs.iter().any(|netdev| netdev.id == *id);
+    let id = (0..).map(|number| format!("peer{number}")).find(|id| !taken(id)).unwrap_or_default();
+    netdevs.push(Netdev { id: id.clone(), kind: NetdevKind::Peer, pcap: None });
+    id
+}
+
+/// The address as a number, so that a device's ports can count up from it.
+fn unicast_mac(text: &str) -> Option<u64> {
+    let mut bytes = [0; 8];
+    let mut parts = text.split([':', '-']);
+    for byte in &mut bytes[2..] {
+        *byte =
+            parts.next().filter(|part| part.len() == 2).and_then(|part| u8::from_str_radix(part, 16).ok())?;
+    }
+    let (multicast, zero) = (bytes[2] & 1 != 0, bytes == [0; 8]);
+    (parts.next().is_none() && !multicast && !zero).then(|| u64::from_be_bytes(bytes))
+}
+
+fn mac_bytes(mac: u64) -> [u8; 6] {
+    let [_, _, bytes @ ..] = mac.to_be_bytes();
+    bytes
+}
+
+/// `--pcap ID=FILE`, all of them.
+pub(super) fn pcaps(texts: &[String], netdevs: &mut [Netdev]) -> Result<(), OptionError> {
+    let error = |reason: String| OptionError::new("--pcap", reason);
+    for text in texts {
+        let (id, file) = text
+            .split_once('=')
+            .filter(|(_, file)| !file.is_empty())
+            .ok_or_else(|| error(format!("`{text}` is not of the form ID=FILE")))?;
+        let netdev = netdevs
+            .iter_mut()
+            .find(|netdev| netdev.id == id)
+            .ok_or_else(|| error(format!("there is no --netdev with id={id}")))?;
+        if netdev.pcap.replace(file.into()).is_some() {
+            return Err(error(format!("netdev `{id}` is given twice")));
+        }
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn missing_cpu_levels_are_derived() {
+        let of = |text| cpus(text).map(|t| (t.cpus, t.threads, t.cores, t.sockets, t.nodes)).unwrap();
+        assert_eq!(of("4"), (4, 1, 4, 1, 1));
+        assert_eq!(of("cpus=8,threads=2"), (8, 2, 4, 1, 1));
+        assert_eq!(of("cpus=8,nodes=2"), (8, 1, 4, 2, 2));
+        assert_eq!(of("8,threads=2,cores=2,sockets=1,nodes=2"), (8, 2, 2, 2, 2));
+        assert_eq!(of("threads=2,cores=3"), (6, 2, 3, 1, 1));
+        assert_eq!(of("254"), (254, 1, 254, 1, 1));
+    }
+
+    #[test]
+    fn cpus_that_do_not_multiply_out_are_refused() {
+        let message = |text| cpus(text).unwrap_err().to_string();
+        assert_eq!(
+            message("cpus=8,sockets=2,cores=2,threads=2,nodes=2"),
+            "--cpus: 2 nodes x 2 sockets x 2 cores x 2 threads are 16 CPUs, not cpus=8"
+        );
+        assert!(message("cpus=2,nodes=4").contains("not cpus=2"));
+        assert!(message("nodes=254,sockets=254,cores=254,threads=254").contains("more than 254"));
+        assert!(message("255").contains("1 to 254"));
+        assert!(message("eight").contains("not `eight`"));
+    }
+
+    #[test]
+    fn memory_sizes() {
+        let one = cpus("1").unwrap();
+        assert_eq!(memory("512", &one).unwrap(), 512 << 20);
+        assert_eq!(memory("512M", &one).unwrap(), 512 << 20);
+        assert_eq!(memory("5g", &one).unwrap(), 5 << 30);
+        for bad in ["", "G", "1.5G", "65537K", "99999999999T", "1M", "-1G", "1GB"] {
+            assert!(memory(bad, &one).is_err(), "{bad}");
+        }
+        assert!(memory("70M", &cpus("cpus=4,nodes=4").unwrap()).is_err());
+    }
+
+    #[test]
+    fn addresses_count_up_over_ports_and_devices() {
+        let texts = ["mana".to_owned(), "mana,mac=02:00:00:00:00:ff".to_owned(), "mana".to_owned()];
+        let mut cables = Vec::new();
+        let nics = devices(&texts, &mut cables, &cpus("1").unwrap()).unwrap();
+        let macs: Vec<u8> = nics.iter().map(|nic| nic.device.vports[0].mac[5]).collect();
+        assert_eq!(macs, [0x56, 0xff, 0x00]);
+        assert_eq!(cables.len(), 3);
+    }
+}
