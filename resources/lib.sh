@@ -1,0 +1,111 @@
+# Shared by the scripts of this folder; sourced, not run.
+
+tree=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+program=$(basename "$0")
+keyring=/usr/share/keyrings/debian-archive-keyring.gpg
+
+say() { echo "$program: $*" >&2; }
+fail() { say "$*"; exit 1; }
+
+as_root() {
+    if [[ $EUID -eq 0 ]]; then
+        "$@"
+    else
+        command -v sudo >/dev/null || fail "this needs root, and there is no sudo: run as root: $*"
+        sudo "$@"
+    fi
+}
+
+# need_packages PACKAGE...: installs what is missing, after saying so.
+need_packages() {
+    local missing=() package
+    for package in "$@"; do
+        [[ $(dpkg-query -W -f '${db:Status-Status}' "$package" 2>/dev/null) == installed ]] || missing+=("$package")
+    done
+    [[ ${#missing[@]} -gt 0 ]] || return 0
+    command -v apt-get >/dev/null || fail "needs what Debian's packages ${missing[*]} hold; install them first"
+    say "installs ${missing[*]}$([[ $EUID -eq 0 ]] || echo ' (with sudo)')"
+    as_root apt-get -qq update
+    as_root env DEBIAN_FRONTEND=noninteractive apt-get -qq -o DPkg::Lock::Timeout=300 \
+        install -y --no-install-recommends "${missing[@]}" >&2 ||
+        fail "could not install ${missing[*]}"
+}
+
+# mirror_address archive|security: the Debian mirror that this machine's own apt uses.
+# apt itself is asked, so one-line and deb822 sources count alike. Other vendors use Debian's suite names too, but
+# none of them has an "-updates" suite, so the mirror that has one goes first.
+mirror_address() {
+    local wanted=$1 codename bases
+    local chosen=MANA_MIRROR_${wanted^^}
+    if [[ -n ${!chosen:-} ]]; then
+        echo "${!chosen%/}"
+        return
+    fi
+    codename=$(. /etc/os-release && echo "${VERSION_CODENAME:-}")
+    bases=$(apt-get --print-uris update 2>/dev/null | sed -nE "s#^'([^']*[^/'])/+dists/([^/']+)/InRelease'.*#\2 \1#p")
+    case $wanted in
+        archive) bases=$(grep -E "^($codename|stable|testing)-updates " <<<"$bases" || grep -E "^($codename|stable|testing|sid|unstable) " <<<"$bases" || true) ;;
+        security) bases=$(grep -E "^($codename|stable|testing)-security " <<<"$bases" || true) ;;
+    esac
+    if [[ -n $bases ]]; then
+        head -n 1 <<<"$bases" | cut -d ' ' -f 2
+    elif [[ $wanted == security ]]; then
+        echo "$(mirror_address archive)-security"
+    else
+        fail "this machine's apt names no Debian mirror: set $chosen to one's address"
+    fi
+}
+
+# debian_sources SUITE...: an apt sources file (deb822) for these suites, on this machine's mirror.
+debian_sources() {
+    local suite kind archive security
+    [[ -r $keyring ]] || need_packages debian-archive-keyring
+    archive=$(mirror_address archive)
+    security=$(mirror_address security)
+    for suite in "$@"; do
+        kind=archive
+        [[ $suite == *-security ]] && kind=security
+        printf 'Types: deb\nURIs: %s\nSuites: %s\nComponents: main\nArchitectures: amd64\nTargets: Packages\nSigned-By: %s\n\n' \
+            "${!kind}" "$suite" "$keyring"
+    done
+}
+
+# private_apt DIR SUITE...: an apt of our own in DIR, which knows these suites and nothing of the machine's packages.
+# The machine's apt settings (a proxy, say) stay in force, its hooks and sources do not.
+# Afterwards `debian_apt get|cache ...` runs apt-get or apt-cache with it.
+private_apt() {
+    private_apt_dir=$1
+    mkdir -p "$private_apt_dir"/{state/lists/partial,cache/archives/partial}
+    debian_sources "${@:2}" >"$private_apt_dir/debian.sources"
+    cat >"$private_apt_dir/apt.conf" <<EOF
+#clear APT::Update::Pre-Invoke;
+#clear APT::Update::Post-Invoke;
+#clear APT::Update::Post-Invoke-Success;
+#clear APT::Architectures;
+APT::Architecture "amd64";
+APT::Sandbox::User "root";
+Acquire::Languages "none";
+Acquire::GzipIndexes "false";
+Dir::Etc::sourcelist "$private_apt_dir/debian.sources";
+Dir::Etc::sourceparts "-";
+Dir::State "$private_apt_dir/state";
+Dir::State::status "/dev/null";
+Dir::Cache "$private_apt_dir/cache";
+Dir::Cache::pkgcache "pkgcache.bin";
+Dir::Cache::srcpkgcache "srcpkgcache.bin";
+EOF
+    debian_apt get -qq --error-on=any update >&2 ||
+        fail "could not read Debian's package lists from $(mirror_address archive): is it reachable?"
+}
+
+debian_apt() { "apt-$1" -c "$private_apt_dir/apt.conf" "${@:2}"; }
+
+# unpack_package PACKAGE DIR: downloads a package of the private apt and unpacks it into DIR, installing nothing.
+unpack_package() {
+    local package=$1 into=$2 download
+    download=$(mktemp -d "$private_apt_dir/download.XXXXXX")
+    (cd "$download" && debian_apt get -qq download "$package" >&2) || fail "could not download $package"
+    mkdir -p "$into"
+    dpkg-deb -x "$download"/*.deb "$into" || fail "could not unpack $package"
+    rm -r "$download"
+}
