@@ -4,4 +4,5 @@ pub mod cli;
 pub mod config;
 pub mod cpio;
 pub mod keyval;
+pub mod layout;
 pub mod vm;
