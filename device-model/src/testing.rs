@@ -69,7 +69,7 @@ impl OobBuilder {
         self.with(0, 1 << 6)
     }
     pub fn encapsulated_ipv6(self, inner_ip: u32) -> Self {
-        self.with(0, TxOob::FORMAT_LONG).with(2, 0b11).with(3, inner_ip - 14 | 14 << 10)
+        self.with(0, TxOob::FORMAT_LONG).with(2, 0b11).with(3, (inner_ip - 14) | (14 << 10))
     }
     pub fn build(self) -> TxOob {
         let mut words = [0; 24];
