@@ -1,5 +1,6 @@
 //! A small VMM with an emulated MANA NIC.
 
+pub mod accel;
 pub mod cli;
 pub mod config;
 pub mod cpio;
