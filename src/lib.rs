@@ -4,6 +4,7 @@ pub mod accel;
 pub mod cli;
 pub mod config;
 pub mod cpio;
+pub mod initramfs;
 pub mod keyval;
 pub mod layout;
 pub mod vm;

@@ -1,0 +1,73 @@
+//! The agent channel: I/O port 0xE9, where the VMM takes frames.
+//!
+//! A frame is a kind byte, the payload's length (16 bits, little-endian) and the payload. A read of the port answers
+//! 0xE9 where there is someone to take them.
+
+use std::arch::asm;
+use std::sync::{Mutex, PoisonError};
+
+use serde_json::Value;
+
+use crate::sys;
+
+const PORT: u16 = 0xe9;
+
+/// What a frame carries.
+#[derive(Clone, Copy, Debug)]
+#[repr(u8)]
+pub enum Kind {
+    /// Standard output of the command.
+    Output = b'O',
+    /// Standard error of the command.
+    Error = b'E',
+    /// A JSON object about what the agent did.
+    Log = b'L',
+    /// Exit status of the command, in decimal.
+    Status = b'S',
+}
+
+/// Frames of different threads must not mix.
+static SENDING: Mutex<()> = Mutex::new(());
+
+/// Send `payload` to the VMM, in as many frames as it takes.
+///
+/// Where there is no channel, it goes to the console instead.
+pub fn send(kind: Kind, payload: &[u8]) {
+    let _sending = SENDING.lock().unwrap_or_else(PoisonError::into_inner);
+    // Port permissions belong to a thread, and any thread may come here.
+    if sys::allow_port(PORT).is_err() || !answers() {
+        print!("{}", String::from_utf8_lossy(payload));
+        if matches!(kind, Kind::Log | Kind::Status) {
+            println!();
+        }
+        return;
+    }
+    for chunk in payload.chunks(usize::from(u16::MAX)) {
+        let [low, high] = (chunk.len() as u16).to_le_bytes();
+        write(&[kind as u8, low, high]);
+        write(chunk);
+    }
+}
+
+/// Tell the VMM that a stage of the guest's start is reached.
+pub fn log(stage: &str, mut details: Value) {
+    details["stage"] = stage.into();
+    details["uptime_ms"] = sys::uptime_ms().into();
+    send(Kind::Log, details.to_string().as_bytes());
+}
+
+fn answers() -> bool {
+    let value: u8;
+    // SAFETY: the thread may use the port, and reading it changes nothing.
+    unsafe { asm!("in al, dx", in("dx") PORT, out("al") value, options(nomem, nostack, preserves_flags)) };
+    u16::from(value) == PORT
+}
+
+fn write(bytes: &[u8]) {
+    // SAFETY: the thread may use the port; the instruction reads exactly `bytes`, upwards as the direction flag is
+    // clear by the calling convention.
+    unsafe {
+        asm!("rep outsb", in("dx") PORT, inout("rsi") bytes.as_ptr() => _, inout("rcx") bytes.len() => _,
+             options(readonly, nostack, preserves_flags));
+    }
+}

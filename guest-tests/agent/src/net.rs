@@ -1,0 +1,235 @@
+//! The driver's network interfaces: up, carrier, addresses, counters.
+
+use std::collections::BTreeMap;
+use std::ffi::CStr;
+use std::fs;
+use std::io::Error;
+use std::net::Ipv4Addr;
+use std::os::fd::AsRawFd;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, bail};
+use serde_json::{Value, json};
+use socket2::{Domain, Socket, Type};
+
+use crate::function;
+
+/// Longest wait for a carrier: machines inside machines are slow.
+const LINK_TIMEOUT: Duration = Duration::from_secs(60);
+/// Where the DHCP script leaves the server's and router's address.
+const PEERS: &str = "/run/peers";
+
+// linux/ethtool.h
+const GSTRINGS: u32 = 0x1b;
+const GSTATS: u32 = 0x1d;
+const GSSET_INFO: u32 = 0x37;
+const SS_STATS: u32 = 1;
+const STRING: usize = 32;
+
+/// Names of the entries of a sysfs folder, sorted.
+pub fn names_in(folder: &Path) -> Vec<String> {
+    let entries = fs::read_dir(folder).into_iter().flatten().flatten();
+    let mut names: Vec<String> =
+        entries.map(|entry| entry.file_name().to_string_lossy().into_owned()).collect();
+    names.sort();
+    names
+}
+
+/// Interfaces of all MANA functions.
+pub fn mana_interfaces() -> Vec<String> {
+    function::all().iter().flat_map(function::Function::interfaces).collect()
+}
+
+/// The only MANA interface, or the one that is named.
+pub fn choose(name: Option<String>) -> Result<String> {
+    name.or_else(|| mana_interfaces().into_iter().next()).context("there is no MANA interface")
+}
+
+fn attribute(interface: &str, name: &str) -> String {
+    let path = Path::new("/sys/class/net").join(interface).join(name);
+    fs::read_to_string(path).unwrap_or_default().trim().to_owned()
+}
+
+/// Is there a carrier? False also while the interface is down.
+pub fn has_carrier(interface: &str) -> bool {
+    attribute(interface, "carrier") == "1"
+}
+
+/// Receive and transmit queues in use.
+pub fn queues(interface: &str) -> (usize, usize) {
+    let names = names_in(&Path::new("/sys/class/net").join(interface).join("queues"));
+    let count = |kind| names.iter().filter(|name| name.starts_with(kind)).count();
+    (count("rx-"), count("tx-"))
+}
+
+/// Name, MAC address, MTU, carrier, queues and peer.
+pub fn describe(interface: &str) -> Value {
+    let (rx, tx) = queues(interface);
+    json!({
+        "interface": interface,
+        "mac": attribute(interface, "address"),
+        "mtu": attribute(interface, "mtu").parse::<u32>().ok(),
+        "carrier": has_carrier(interface),
+        "rx_queues": rx,
+        "tx_queues": tx,
+        "address": address(interface).map(|address| address.to_string()),
+        "peer": peer(interface).ok().map(|peer| peer.to_string()),
+    })
+}
+
+/// Up, carrier, and an address if one is asked for.
+pub fn bring_up(interface: &str, dhcp: bool) -> Result<()> {
+    set_up(interface)?;
+    wait_for_carrier(interface)?;
+    if dhcp { ask_for_address(interface) } else { Ok(()) }
+}
+
+/// Waits for the carrier.
+pub fn wait_for_carrier(interface: &str) -> Result<()> {
+    let start = Instant::now();
+    while !has_carrier(interface) {
+        if start.elapsed() > LINK_TIMEOUT {
+            bail!("{interface} has no carrier after {} s", LINK_TIMEOUT.as_secs());
+        }
+        thread::sleep(Duration::from_millis(10));
+    }
+    Ok(())
+}
+
+fn socket() -> Result<Socket> {
+    Ok(Socket::new(Domain::IPV4, Type::DGRAM, None)?)
+}
+
+fn request(interface: &str) -> libc::ifreq {
+    // SAFETY: all zeros is a valid ifreq.
+    let mut request: libc::ifreq = unsafe { std::mem::zeroed() };
+    for (to, from) in request.ifr_name.iter_mut().zip(interface.bytes().take(libc::IFNAMSIZ - 1)) {
+        *to = from as libc::c_char;
+    }
+    request
+}
+
+fn ioctl(number: u64, request: &mut libc::ifreq) -> Result<()> {
+    let socket = socket()?;
+    // SAFETY: the socket is open, and the numbers used in this file take an ifreq.
+    let result = unsafe { libc::ioctl(socket.as_raw_fd(), number as _, &raw mut *request) };
+    if result < 0 { Err(Error::last_os_error().into()) } else { Ok(()) }
+}
+
+/// Sets IFF_UP.
+pub fn set_up(interface: &str) -> Result<()> {
+    let mut request = request(interface);
+    ioctl(libc::SIOCGIFFLAGS, &mut request).with_context(|| format!("{interface}: flags"))?;
+    // SAFETY: SIOCGIFFLAGS wrote the flags.
+    let flags = unsafe { request.ifr_ifru.ifru_flags };
+    request.ifr_ifru.ifru_flags = flags | libc::IFF_UP as libc::c_short;
+    ioctl(libc::SIOCSIFFLAGS, &mut request).with_context(|| format!("{interface}: up"))
+}
+
+/// The IPv4 address, if it has one.
+pub fn address(interface: &str) -> Option<Ipv4Addr> {
+    let mut request = request(interface);
+    ioctl(libc::SIOCGIFADDR, &mut request).ok()?;
+    // SAFETY: SIOCGIFADDR wrote an address.
+    let address = unsafe { request.ifr_ifru.ifru_addr };
+    // struct sockaddr_in: family, port, then the address.
+    let octets: [u8; 4] = std::array::from_fn(|index| address.sa_data[2 + index] as u8);
+    Some(octets.into())
+}
+
+/// Runs DHCP on `interface` with busybox's udhcpc, which calls [`leased`].
+pub fn ask_for_address(interface: &str) -> Result<()> {
+    let output = Command::new("/bin/busybox")
+        .args(["udhcpc", "-i", interface, "-n", "-q", "-f", "-t", "10", "-T", "1", "-A", "1"])
+        .args(["-s", "/bin/udhcpc-script"])
+        .stdin(Stdio::null())
+        .output()
+        .context("udhcpc")?;
+    if !output.status.success() {
+        let text = String::from_utf8_lossy(&output.stderr);
+        bail!("{interface} got no address: {}", text.trim().replace('\n', "; "));
+    }
+    Ok(())
+}
+
+/// udhcpc's script: its variables are the lease.
+pub fn leased(event: &str) -> Result<()> {
+    if !["bound", "renew"].contains(&event) {
+        return Ok(());
+    }
+    let variable = |name: &str| std::env::var(name).with_context(|| format!("the lease has no '{name}'"));
+    let interface = variable("interface")?;
+    let address = format!("{}/{}", variable("ip")?, variable("mask")?);
+    ip(&["addr", "replace", &address, "broadcast", "+", "dev", &interface])?;
+    let router = variable("router").ok().and_then(|list| list.split(' ').next().map(str::to_owned));
+    if let Some(router) = &router {
+        // A second interface's default route is not wanted.
+        let _ = ip(&["route", "add", "default", "via", router, "dev", &interface]);
+    }
+    let peer = router.map_or_else(|| variable("serverid"), Ok)?;
+    fs::create_dir_all(PEERS)?;
+    Ok(fs::write(Path::new(PEERS).join(interface), peer)?)
+}
+
+fn ip(arguments: &[&str]) -> Result<()> {
+    let output = Command::new("/bin/busybox").arg("ip").args(arguments).output().context("ip")?;
+    if output.status.success() {
+        return Ok(());
+    }
+    bail!("ip {}: {}", arguments.join(" "), String::from_utf8_lossy(&output.stderr).trim())
+}
+
+/// The host at the other end of the cable, known from DHCP.
+pub fn peer(interface: &str) -> Result<Ipv4Addr> {
+    let file: PathBuf = Path::new(PEERS).join(interface);
+    let text = fs::read_to_string(&file).with_context(|| format!("{interface} has no lease"))?;
+    text.trim().parse().with_context(|| format!("'{}' in {}", text.trim(), file.display()))
+}
+
+fn ethtool(interface: &str, command: &mut [u64]) -> Result<()> {
+    let mut request = request(interface);
+    request.ifr_ifru.ifru_data = command.as_mut_ptr().cast();
+    ioctl(libc::SIOCETHTOOL, &mut request).with_context(|| format!("{interface}: ethtool"))
+}
+
+/// Buffer of an ethtool command: two 32-bit words, then 64-bit words.
+fn command(number: u32, argument: u32, words: usize) -> Vec<u64> {
+    let mut buffer = vec![0; 1 + words];
+    buffer[0] = u64::from(number) | u64::from(argument) << 32;
+    buffer
+}
+
+/// The driver's counters (`ethtool -S`).
+pub fn counters(interface: &str) -> Result<BTreeMap<String, u64>> {
+    let mut info = command(GSSET_INFO, 0, 2);
+    info[1] = 1 << SS_STATS;
+    ethtool(interface, &mut info)?;
+    let count = info[2] as u32;
+
+    // struct ethtool_gstrings has three 32-bit words before the strings.
+    let mut strings = command(GSTRINGS, SS_STATS, 1 + count as usize * STRING / 8);
+    strings[1] = count.into();
+    ethtool(interface, &mut strings)?;
+    let names: Vec<u8> = strings.iter().flat_map(|word| word.to_le_bytes()).skip(12).collect();
+
+    let mut values = command(GSTATS, count, count as usize);
+    ethtool(interface, &mut values)?;
+    let name =
+        |bytes: &[u8]| CStr::from_bytes_until_nul(bytes).unwrap_or_default().to_string_lossy().into_owned();
+    Ok(names.chunks_exact(STRING).map(name).zip(values.into_iter().skip(1)).collect())
+}
+
+/// Packets of each queue: `(receive, transmit)`.
+pub fn queue_packets(interface: &str) -> Result<(Vec<u64>, Vec<u64>)> {
+    let counters = counters(interface)?;
+    let (rx, tx) = queues(interface);
+    let packets = |kind: &str, count: usize| -> Result<Vec<u64>> {
+        let counter = |index| format!("{kind}_{index}_packets");
+        let value = |name: String| counters.get(&name).copied().with_context(|| format!("no counter {name}"));
+        (0..count).map(|index| value(counter(index))).collect()
+    };
+    Ok((packets("rx", rx)?, packets("tx", tx)?))
+}

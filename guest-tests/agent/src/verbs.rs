@@ -1,0 +1,63 @@
+//! The commands, one file each. What they find goes to standard output as one JSON object.
+
+mod echo;
+mod establish_again;
+mod log_check;
+mod power;
+mod rebind;
+mod reload;
+mod topology;
+mod vectors;
+
+use anyhow::{Result, bail};
+use pico_args::Arguments;
+use serde_json::Value;
+
+use crate::net;
+
+/// Runs the command `name`.
+pub fn run(name: &str, mut arguments: Arguments) -> Result<()> {
+    let report = match name {
+        "bind" => rebind::bind(&mut arguments),
+        "dhcp" => each_interface(&mut arguments, net::ask_for_address),
+        "echo-tcp" => echo::tcp(&mut arguments),
+        "echo-udp" => echo::udp(&mut arguments),
+        "establish-again" => establish_again::run(&mut arguments),
+        "flr" => rebind::flr(&mut arguments),
+        "link-wait" => each_interface(&mut arguments, net::wait_for_carrier),
+        "log-check" => log_check::run(&mut arguments),
+        "queues" => queues(&mut arguments),
+        "reload" => reload::run(&mut arguments),
+        "suspend" => power::suspend(&mut arguments),
+        "topology" => topology::run(),
+        "udhcpc-script" => return net::leased(&arguments.free_from_str::<String>()?),
+        "unbind" => rebind::unbind(&mut arguments),
+        "vectors" => vectors::run(),
+        _ => bail!("there is no such command"),
+    }?;
+    println!("{report}");
+    let rest = arguments.finish();
+    if rest.is_empty() { Ok(()) } else { bail!("not understood: {rest:?}") }
+}
+
+/// `[INTERFACE]`: `action` on one interface or on all, then a description of each.
+fn each_interface(arguments: &mut Arguments, action: fn(&str) -> Result<()>) -> Result<Value> {
+    let chosen: Option<String> = arguments.opt_free_from_str()?;
+    let interfaces = chosen.map_or_else(net::mana_interfaces, |name| vec![name]);
+    if interfaces.is_empty() {
+        bail!("there is no MANA interface");
+    }
+    interfaces.iter().try_for_each(|name| action(name))?;
+    Ok(interfaces.iter().map(|name| net::describe(name)).collect())
+}
+
+/// `[INTERFACE]`: description and the driver's counters.
+fn queues(arguments: &mut Arguments) -> Result<Value> {
+    let interface = net::choose(arguments.opt_free_from_str()?)?;
+    let mut report = net::describe(&interface);
+    let (rx, tx) = net::queue_packets(&interface)?;
+    report["rx_packets"] = rx.into();
+    report["tx_packets"] = tx.into();
+    report["counters"] = serde_json::to_value(net::counters(&interface)?)?;
+    Ok(report)
+}
