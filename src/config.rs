@@ -4,12 +4,13 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use mana_device::config::DeviceConfig;
+use serde::{Deserialize, Serialize};
 
 /// CPUs and how the guest sees them: `nodes` × `sockets` × `cores` × `threads`.
 ///
 /// `sockets` counts the packages of the whole machine and is a multiple of `nodes`, or the nodes split a package
 /// evenly; `cpus == sockets * cores * threads`.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Topology {
     /// All logical CPUs.
     pub cpus: u32,
@@ -24,7 +25,7 @@ pub struct Topology {
 }
 
 /// How guest code is run.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Accel {
     /// This machine's KVM if it can run a guest, else nested.
     Auto,
@@ -35,7 +36,7 @@ pub enum Accel {
 }
 
 /// What a network device is plugged into.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum NetdevKind {
     /// The built-in host: DHCP, ARP/ND, ping, echo, discard, chargen.
     Peer,
@@ -49,7 +50,7 @@ pub enum NetdevKind {
 }
 
 /// One `--netdev`.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Netdev {
     /// Name that `--device mana,netdev=` refers to.
     pub id: String,
@@ -60,7 +61,7 @@ pub struct Netdev {
 }
 
 /// Where the function sits.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Slot {
     /// Directly on the root bus.
     Root,
@@ -69,7 +70,7 @@ pub enum Slot {
 }
 
 /// One `--device mana`.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct ManaNic {
     /// Limits and identities for the device model.
     pub device: DeviceConfig,
@@ -84,7 +85,7 @@ pub struct ManaNic {
 }
 
 /// A whole virtual machine: `mana-vmm boot`.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct VmConfig {
     /// bzImage or vmlinux.
     pub kernel: PathBuf,

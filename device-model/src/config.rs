@@ -2,6 +2,8 @@
 
 use std::ops::RangeInclusive;
 
+use serde::{Deserialize, Serialize};
+
 /// Most queue pairs of a vPort (`MANA_MAX_NUM_QUEUES`, mana.h).
 pub const MAX_QUEUES_PER_VPORT: u16 = 64;
 /// Most vPorts of a device (`MAX_PORTS_IN_MANA_DEV`, mana.h).
@@ -10,7 +12,7 @@ pub const MAX_VPORTS: usize = 256;
 pub const MSIX_TABLE_SIZES: RangeInclusive<u16> = 1..=2048;
 
 /// Where the MSI-X table or its pending-bit array lies.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct BarLocation {
     /// BAR number; only even ones exist, since every BAR is 64-bit.
     pub bar: u8,
@@ -19,7 +21,7 @@ pub struct BarLocation {
 }
 
 /// One vPort: a MAC address and its queue limit.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct VportConfig {
     /// MAC address in transmission order.
     pub mac: [u8; 6],
@@ -28,7 +30,7 @@ pub struct VportConfig {
 }
 
 /// The whole device, as the host configured it.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct DeviceConfig {
     /// vPorts in index order, at least one.
     pub vports: Vec<VportConfig>,
