@@ -7,4 +7,5 @@ pub mod cpio;
 pub mod initramfs;
 pub mod keyval;
 pub mod layout;
+pub mod topology;
 pub mod vm;
