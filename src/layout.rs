@@ -65,6 +65,8 @@ pub const PM1A_CONTROL_PORT: u16 = 0x604;
 pub const SCI_GSI: u32 = 9;
 /// SLP_TYP of `\_S5`.
 pub const S5_SLEEP_TYPE: u8 = 5;
+/// PCI configuration address and data (CONFIG_ADDRESS, CONFIG_DATA), 4 bytes each.
+pub const PCI_CONFIG_PORT: u16 = 0xCF8;
 /// Reset register of the FADT.
 pub const RESET_PORT: u16 = 0x606;
 /// Value that resets the machine when written to [`RESET_PORT`].
