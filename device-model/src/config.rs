@@ -1,6 +1,9 @@
 //! What the host lets this function have: the limits, addresses and identities that the driver asks for.
 
-use std::ops::RangeInclusive;
+use std::ops::{Range, RangeInclusive};
+
+use crate::bar0;
+use crate::pci::msix;
 
 use serde::{Deserialize, Serialize};
 
@@ -10,6 +13,21 @@ pub const MAX_QUEUES_PER_VPORT: u16 = 64;
 pub const MAX_VPORTS: usize = 256;
 /// Legal MSI-X table sizes (PCIe base specification, 7.7.2.2).
 pub const MSIX_TABLE_SIZES: RangeInclusive<u16> = 1..=2048;
+
+/// Legal numbers of doorbell pages: one for the hardware channel, one for the Ethernet device, the rest to give out.
+pub const DOORBELL_PAGES: RangeInclusive<u16> = 2..=4096;
+/// Legal MTUs: IPv4's least, and the largest that the card's 16-bit frame length leaves room for.
+pub const MTUS: RangeInclusive<u16> = 68..=9216;
+
+/// A configuration the device can't be built from.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("{option}: {reason}")]
+pub struct ConfigError {
+    /// The command line's name of the option, e.g. `max-msix`.
+    pub option: &'static str,
+    /// What is wrong and what would be right.
+    pub reason: String,
+}
 
 /// Where the MSI-X table or its pending-bit array lies.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -62,5 +80,138 @@ impl Default for DeviceConfig {
             rdma: false,
             doorbell_pages: 128,
         }
+    }
+}
+
+impl DeviceConfig {
+    /// Whether a device can be built from this.
+    ///
+    /// # Errors
+    /// [`ConfigError`] names the first option that is out of range.
+    pub fn check(&self) -> Result<(), ConfigError> {
+        let fail = |option, reason| Err(ConfigError { option, reason });
+        if self.vports.is_empty() || self.vports.len() > MAX_VPORTS {
+            return fail(
+                "netdev",
+                format!("{} ports, but 1 to {MAX_VPORTS} are possible", self.vports.len()),
+            );
+        }
+        if let Some(bad) =
+            self.vports.iter().find(|vport| !(1..=MAX_QUEUES_PER_VPORT).contains(&vport.max_queues))
+        {
+            let reason = format!("{} queues, but 1 to {MAX_QUEUES_PER_VPORT} are possible", bad.max_queues);
+            return fail("max-queues", reason);
+        }
+        if self.vports.iter().any(|vport| vport.mac[0] & 1 != 0 || vport.mac == [0; 6]) {
+            return fail("mac", "not the address of one card (zero, or the multicast bit is set)".into());
+        }
+        let in_range = |option, value: u16, range: RangeInclusive<u16>| match range.contains(&value) {
+            true => Ok(()),
+            false => fail(option, format!("{value}, but {} to {} are possible", range.start(), range.end())),
+        };
+        in_range("mtu", self.mtu, MTUS)?;
+        in_range("msix-table", self.msix_table_size, MSIX_TABLE_SIZES)?;
+        in_range("doorbell-pages", self.doorbell_pages, DOORBELL_PAGES)?;
+        let (table, pba) = (self.table_range(), self.pba_range());
+        self.check_place("msix-table", self.msix_table, &table)?;
+        self.check_place("msix-pba", self.msix_pba, &pba)?;
+        if self.msix_table.bar == self.msix_pba.bar && table.start < pba.end && pba.start < table.end {
+            return fail(
+                "msix-pba",
+                format!("overlaps the MSI-X table at {:#x} to {:#x}", table.start, table.end),
+            );
+        }
+        Ok(())
+    }
+    fn check_place(
+        &self,
+        option: &'static str,
+        place: BarLocation,
+        range: &Range<u64>,
+    ) -> Result<(), ConfigError> {
+        let fail = |reason| Err(ConfigError { option, reason });
+        if !matches!(place.bar, 0 | 2 | 4) || !place.offset.is_multiple_of(8) {
+            return fail(format!(
+                "BAR{} + {:#x} is not a multiple of 8 in BAR 0, 2 or 4",
+                place.bar, place.offset
+            ));
+        }
+        let free = u64::from(bar0::Layout::HEAD)..bar0::Layout::new(self).zone();
+        if place.bar == 0 && (range.start < free.start || range.end > free.end) {
+            return fail(format!("does not fit into BAR0's free part, {:#x} to {:#x}", free.start, free.end));
+        }
+        if range.end > MAX_BAR {
+            return fail(format!("ends at {:#x}, but a BAR has at most {MAX_BAR:#x} bytes", range.end));
+        }
+        Ok(())
+    }
+    /// Bytes of its BAR that the MSI-X table takes.
+    pub fn table_range(&self) -> Range<u64> {
+        let start = u64::from(self.msix_table.offset);
+        start..start + u64::from(self.msix_table_size) * u64::from(msix::ENTRY_SIZE)
+    }
+    /// Bytes of its BAR that the pending-bit array takes: a bit a vector, in whole 8-byte words.
+    pub fn pba_range(&self) -> Range<u64> {
+        let start = u64::from(self.msix_pba.offset);
+        start..start + u64::from(self.msix_table_size).div_ceil(64) * 8
+    }
+    /// Number and size of each BAR.
+    pub fn bars(&self) -> Vec<(u8, u64)> {
+        let mut bars = vec![(0, bar0::Layout::new(self).size())];
+        for bar in [2, 4] {
+            let ends =
+                [(self.msix_table.bar, self.table_range().end), (self.msix_pba.bar, self.pba_range().end)];
+            let end = ends.into_iter().filter(|&(at, _)| at == bar).map(|(_, end)| end).max();
+            bars.extend(end.map(|end| (bar, end.next_power_of_two().max(MIN_BAR))));
+        }
+        bars
+    }
+}
+
+/// Smallest BAR: a page, so that none shares one.
+const MIN_BAR: u64 = 4096;
+/// Largest MSI-X BAR that makes sense.
+const MAX_BAR: u64 = 16 << 20;
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_default_is_legal_and_leaves_no_gap() {
+        let config = DeviceConfig::default();
+        assert_eq!(config.check(), Ok(()));
+        assert_eq!(config.bars(), [(0, 0x10_0000), (4, 0x1_0000)]);
+    }
+
+    #[test]
+    fn the_table_may_lie_anywhere_it_fits() {
+        let mut config =
+            DeviceConfig { msix_table: BarLocation { bar: 0, offset: 0x1000 }, ..Default::default() };
+        assert_eq!(config.check(), Ok(()));
+        config.msix_pba = BarLocation { bar: 2, offset: 0x20 };
+        assert_eq!(config.bars(), [(0, 0x10_0000), (2, 4096)]);
+        config.msix_table.offset = 0x40;
+        assert_eq!(config.check().unwrap_err().option, "msix-table");
+        config.msix_table = BarLocation { bar: 2, offset: 0 };
+        assert_eq!(config.check().unwrap_err().option, "msix-pba");
+        config.msix_pba = BarLocation { bar: 3, offset: 0 };
+        assert_eq!(config.check().unwrap_err().option, "msix-pba");
+    }
+
+    #[test]
+    fn values_out_of_range_name_their_option() {
+        let bad = |change: fn(&mut DeviceConfig)| {
+            let mut config = DeviceConfig::default();
+            change(&mut config);
+            config.check().map_err(|error| error.option)
+        };
+        assert_eq!(bad(|config| config.vports.clear()), Err("netdev"));
+        assert_eq!(bad(|config| config.vports[0].max_queues = 65), Err("max-queues"));
+        assert_eq!(bad(|config| config.vports[0].mac = [1, 0, 0, 0, 0, 0]), Err("mac"));
+        assert_eq!(bad(|config| config.mtu = 67), Err("mtu"));
+        assert_eq!(bad(|config| config.msix_table_size = 2049), Err("msix-table"));
+        assert_eq!(bad(|config| config.doorbell_pages = 1), Err("doorbell-pages"));
+        assert_eq!(bad(|config| config.max_msix = 1), Ok(()));
     }
 }

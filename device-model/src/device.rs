@@ -1,10 +1,20 @@
 //! The card as its holder sees it: the doors that lead in.
 
-use std::sync::Arc;
+use std::ops::Range;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex};
 
-use crate::config::DeviceConfig;
+use crate::bar0::{Doorbell, Layout, Target};
+use crate::config::{BarLocation, ConfigError, DeviceConfig};
+use crate::counters::Counters;
+use crate::dma::Dma;
 use crate::doors::{Clock, Memory, MsiSink, Port, RxFrame, Waker, Work};
-use crate::observe::{Fields, Observer};
+use crate::observe::{Event, Fields, Observer, Tracer};
+use crate::pci::config_space::ConfigSpace;
+use crate::pci::msix::Msix;
+use crate::queues::{Core, Limits, Queues};
+use crate::rules::Rules;
+use crate::sync::lock;
 
 /// What the device is given to reach the world with.
 pub struct Host {
@@ -20,16 +30,6 @@ pub struct Host {
     pub ports: Vec<Arc<dyn Port>>,
     /// Told of every step; `None` costs one branch an event.
     pub observer: Option<Arc<dyn Observer>>,
-}
-
-/// A configuration the device can't be built from.
-#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
-#[error("{option}: {reason}")]
-pub struct ConfigError {
-    /// The command line's name of the option, e.g. `max-msix`.
-    pub option: &'static str,
-    /// What is wrong and what would be right.
-    pub reason: String,
 }
 
 /// A BAR as the guest has placed it.
@@ -78,46 +78,157 @@ pub enum Ran {
 /// The MANA function.
 ///
 /// Every method takes `&self` and may be called from any thread.
-pub struct ManaDevice {}
+pub struct ManaDevice {
+    config: DeviceConfig,
+    layout: Layout,
+    pci: Mutex<ConfigSpace>,
+    power_on: ConfigSpace,
+    bus_master: Arc<AtomicBool>,
+    core: Arc<Core>,
+    queues: Queues,
+}
+
+/// One thing in a BAR.
+enum Place {
+    Bar0(Target),
+    MsixTable(u32),
+    MsixPba(u32),
+}
 
 impl ManaDevice {
     /// Build the device in its power-on state.
     ///
     /// # Errors
     /// [`ConfigError`] names the option that is out of range.
-    pub fn new(_config: DeviceConfig, _host: Host) -> Result<Self, ConfigError> {
-        Ok(Self {})
+    pub fn new(config: DeviceConfig, host: Host) -> Result<Self, ConfigError> {
+        config.check()?;
+        let Host { memory, msi, clock, waker, ports, observer } = host;
+        if ports.len() != config.vports.len() {
+            let reason = format!("{} cables for {} ports", ports.len(), config.vports.len());
+            return Err(ConfigError { option: "netdev", reason });
+        }
+        let bus_master = Arc::new(AtomicBool::new(false));
+        let tracer = Tracer::new(clock, observer);
+        let counters = Arc::new(Counters::default());
+        let msix =
+            Msix::new(config.msix_table_size, msi, bus_master.clone(), tracer.clone(), counters.clone());
+        let dma = Dma::new(memory, bus_master.clone());
+        let core = Arc::new(Core { tracer, counters, rules: Rules::default(), dma, msix, waker });
+        let queues = Queues::new(core.clone(), Limits::of(&config));
+        let power_on = ConfigSpace::new(&config, config.bars());
+        Ok(Self {
+            layout: Layout::new(&config),
+            pci: Mutex::new(power_on.clone()),
+            power_on,
+            bus_master,
+            core,
+            queues,
+            config,
+        })
     }
     /// Configuration read of 1, 2 or 4 bytes at `offset` (0 to 4095).
-    pub fn config_read(&self, _offset: u16, data: &mut [u8]) {
-        data.fill(0xff);
+    pub fn config_read(&self, offset: u16, data: &mut [u8]) {
+        lock(&self.pci).read(offset, data);
     }
     /// Configuration write of 1, 2 or 4 bytes at `offset` (0 to 4095).
-    pub fn config_write(&self, _offset: u16, _data: &[u8]) -> ConfigEffect {
-        ConfigEffect::default()
+    pub fn config_write(&self, offset: u16, data: &[u8]) -> ConfigEffect {
+        let mut pci = lock(&self.pci);
+        let effects = pci.write(offset, data);
+        if effects.flr {
+            drop(pci);
+            self.core.tracer.emit(|| Event::PciFlr);
+            self.power_cycle();
+            return ConfigEffect { bars_changed: true };
+        }
+        let (memory, bus_master) = (pci.memory_enabled(), pci.bus_master());
+        self.bus_master.store(bus_master, Ordering::SeqCst);
+        drop(pci);
+        if effects.command {
+            self.core.tracer.emit(|| Event::PciCommand { memory, bus_master });
+            self.core.msix.replay();
+            self.queues.resume_all();
+        }
+        if let Some(control) = effects.msix_control {
+            self.core.msix.set_control(control);
+        }
+        ConfigEffect { bars_changed: effects.bars }
     }
     /// The function's BARs as the guest has placed them.
     pub fn bars(&self) -> Vec<Bar> {
-        Vec::new()
+        let bars = lock(&self.pci).bars().into_iter();
+        bars.map(|(index, address, size)| Bar { index, address, size, prefetchable: true }).collect()
     }
     /// Memory Space Enable of the command register.
     pub fn memory_enabled(&self) -> bool {
-        false
+        lock(&self.pci).memory_enabled()
+    }
+    /// What an access of `len` bytes hits.
+    fn place(&self, bar: u8, offset: u64, len: usize) -> Option<Place> {
+        if bar == 0
+            && let Some(target) = self.layout.decode(offset, len)
+        {
+            return Some(Place::Bar0(target));
+        }
+        let end = offset.checked_add(len as u64)?;
+        let within = |location: BarLocation, range: Range<u64>| {
+            let hit = location.bar == bar && range.start <= offset && end <= range.end;
+            hit.then(|| (offset - range.start) as u32)
+        };
+        // The table and the pending bits take aligned accesses of 4 and 8 bytes.
+        if !matches!(len, 4 | 8) || !offset.is_multiple_of(len as u64) {
+            return None;
+        }
+        let table = within(self.config.msix_table, self.config.table_range()).map(Place::MsixTable);
+        table.or_else(|| within(self.config.msix_pba, self.config.pba_range()).map(Place::MsixPba))
     }
     /// Read of 1, 2, 4 or 8 bytes from a BAR.
     ///
     /// # Errors
     /// [`AccessError`] where nothing answers; `data` is then all ones.
     pub fn bar_read(&self, bar: u8, offset: u64, data: &mut [u8]) -> Result<(), AccessError> {
-        data.fill(0xff);
-        Err(AccessError { bar, offset, size: data.len() })
+        match self.place(bar, offset, data.len()) {
+            Some(Place::Bar0(Target::Registers)) => self.read_registers(offset, data),
+            Some(Place::Bar0(Target::Shm(_))) => data.fill(0),
+            Some(Place::MsixTable(at)) => read_dwords(at, data, |at| self.core.msix.read_table(at)),
+            Some(Place::MsixPba(at)) => read_dwords(at, data, |at| self.core.msix.read_pending(at)),
+            // A doorbell is written, never read.
+            Some(Place::Bar0(Target::Doorbell { .. })) | None => {
+                data.fill(0xff);
+                return Err(AccessError { bar, offset, size: data.len() });
+            }
+        }
+        Ok(())
+    }
+    fn read_registers(&self, offset: u64, data: &mut [u8]) {
+        self.layout.read_registers(offset as u32, data);
+        self.core.tracer.emit(|| {
+            let mut value = [0; 8];
+            value.iter_mut().zip(&*data).for_each(|(to, from)| *to = *from);
+            Event::RegRead { offset, size: data.len() as u8, value: u64::from_le_bytes(value) }
+        });
     }
     /// Write of 1, 2, 4 or 8 bytes to a BAR.
     ///
     /// # Errors
     /// [`AccessError`] where nothing answers; the write is dropped.
     pub fn bar_write(&self, bar: u8, offset: u64, data: &[u8]) -> Result<(), AccessError> {
-        Err(AccessError { bar, offset, size: data.len() })
+        let error = AccessError { bar, offset, size: data.len() };
+        match self.place(bar, offset, data.len()).ok_or(error)? {
+            Place::Bar0(Target::Doorbell { page, offset }) => {
+                let value = u64::from_le_bytes(data.try_into().map_err(|_| error)?);
+                self.queues.doorbell(page, Doorbell::decode(offset, value).ok_or(error)?);
+            }
+            Place::MsixTable(at) => {
+                for (dword, at) in data.chunks_exact(4).zip((at..).step_by(4)) {
+                    let value = u32::from_le_bytes(dword.try_into().map_err(|_| error)?);
+                    self.core.msix.write_table(at, value);
+                }
+            }
+            Place::Bar0(Target::Shm(_)) => {}
+            // Read-only.
+            Place::MsixPba(_) | Place::Bar0(Target::Registers) => {}
+        }
+        Ok(())
     }
     /// Do `work`, at most `budget` requests or packets of it. One piece of work never runs on two threads at
     /// once; different pieces may.
@@ -134,13 +245,27 @@ impl ManaDevice {
         0
     }
     /// Reset of the whole machine: back to the power-on state.
-    pub fn reset(&self) {}
+    pub fn reset(&self) {
+        self.power_cycle();
+    }
+    fn power_cycle(&self) {
+        self.bus_master.store(false, Ordering::SeqCst);
+        self.core.msix.reset();
+        lock(&self.pci).reset(&self.power_on);
+    }
     /// Live objects by kind; all zero when the driver left nothing behind.
     pub fn ledger(&self) -> Fields {
         Fields::default()
     }
     /// Named counters of drops, errors and traffic.
     pub fn counters(&self) -> Fields {
-        Fields::default()
+        self.core.counters.fields()
+    }
+}
+
+/// A read of one or two dwords from a register file of dwords.
+fn read_dwords(at: u32, data: &mut [u8], read: impl Fn(u32) -> u32) {
+    for (dword, at) in data.chunks_mut(4).zip((at..).step_by(4)) {
+        dword.iter_mut().zip(read(at).to_le_bytes()).for_each(|(to, from)| *to = from);
     }
 }

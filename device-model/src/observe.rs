@@ -3,13 +3,53 @@
 //! The names and fields are a contract (`mana-vmm trace`, guest-tests and scripts read them). Serialised with
 //! `serde`, an [`Event`] is an object whose `event` field is the name.
 
+use std::sync::Arc;
+
 use serde::ser::SerializeMap;
 use serde::{Serialize, Serializer};
+
+use crate::doors::Clock;
 
 /// Takes events. Called on the thread that runs the device: be quick.
 pub trait Observer: Send + Sync {
     /// `event` happened at `t_ns` of the device's clock.
     fn event(&self, t_ns: u64, event: &Event);
+}
+
+/// The device's way to its observer.
+#[derive(Clone)]
+pub struct Tracer {
+    clock: Arc<dyn Clock>,
+    observer: Option<Arc<dyn Observer>>,
+}
+
+impl Tracer {
+    /// Report to `observer` with times of `clock`.
+    pub fn new(clock: Arc<dyn Clock>, observer: Option<Arc<dyn Observer>>) -> Self {
+        Self { clock, observer }
+    }
+    /// Time of the device's clock, nanoseconds.
+    pub fn now_ns(&self) -> u64 {
+        self.clock.now_ns()
+    }
+    /// Report what `event` makes, if anybody wants to know.
+    #[inline]
+    pub fn emit(&self, event: impl FnOnce() -> Event) {
+        if let Some(observer) = &self.observer {
+            observer.event(self.clock.now_ns(), &event());
+        }
+    }
+    /// Reports nothing; for tests.
+    #[cfg(test)]
+    pub fn silent() -> Self {
+        struct Stopped;
+        impl Clock for Stopped {
+            fn now_ns(&self) -> u64 {
+                0
+            }
+        }
+        Self::new(Arc::new(Stopped), None)
+    }
 }
 
 /// Decoded fields of a message, in message order: the ones that matter, under the driver's names.

@@ -3,5 +3,6 @@
 //! Layouts only: little-endian, sizes and offsets asserted, each field with its source. Bit fields are methods
 //! on the word that holds them.
 
+pub mod queue;
 pub mod rx;
 pub mod tx;

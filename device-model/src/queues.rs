@@ -1,0 +1,397 @@
+//! All queues of the function, by kind and id, and the doorbells that reach them.
+//!
+//! A slot for every possible id is there from the start, so that a doorbell finds its queue without a lock: it
+//! checks the page, stores the tail, and wakes whoever runs the queue if nobody is running it. Completion and event
+//! queues are rung in place, under their own lock.
+//!
+//! Lock order: work queue, completion queue; event queue alone; MSI-X entries alone. The interrupt leaves with no
+//! queue's lock held.
+
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard};
+
+use vm_memory::GuestMemoryMmap;
+
+use crate::bar0::Doorbell;
+use crate::config::DeviceConfig;
+use crate::count;
+use crate::counters::Counters;
+use crate::dma::Dma;
+use crate::doors::{Waker, Work};
+use crate::observe::{Event, QueueKind, Tracer};
+use crate::pci::msix::Msix;
+use crate::ring::{CompletionQueue, EventQueue, PostError, Rung, WorkQueue};
+use crate::rules::{Rule, Rules};
+use crate::sync::lock;
+use crate::wire::queue::EventEntry;
+
+/// Id of each queue of the hardware channel, in each kind's own numbering.
+pub const HWC_QUEUE: u32 = 0;
+
+/// A slot whose queue does not exist has no page.
+const NO_PAGE: u32 = u32::MAX;
+
+/// What every part of the device reports to and reaches out through.
+pub struct Core {
+    /// Events.
+    pub tracer: Tracer,
+    /// Counters.
+    pub counters: Arc<Counters>,
+    /// Rules.
+    pub rules: Rules,
+    /// Guest memory.
+    pub dma: Dma,
+    /// Interrupts.
+    pub msix: Msix,
+    /// Whoever runs the queues.
+    pub waker: Arc<dyn Waker>,
+}
+
+impl Core {
+    /// The driver broke `rule`.
+    pub fn broken(&self, rule: Rule, detail: impl FnOnce() -> String) {
+        self.counters.rule_violations.bump();
+        self.rules.broken(&self.tracer, rule, detail);
+    }
+}
+
+/// A place for the queue with one id.
+pub struct Slot<Q> {
+    page: AtomicU32,
+    tail: AtomicU32,
+    scheduled: AtomicBool,
+    queue: Mutex<Option<Q>>,
+}
+
+impl<Q> Slot<Q> {
+    fn empty() -> Self {
+        Self {
+            page: AtomicU32::new(NO_PAGE),
+            tail: AtomicU32::new(0),
+            scheduled: AtomicBool::new(false),
+            queue: Mutex::new(None),
+        }
+    }
+    /// The queue, if there is one, until the guard goes.
+    pub fn lock(&self) -> MutexGuard<'_, Option<Q>> {
+        lock(&self.queue)
+    }
+    /// Work queues: the tail of the latest doorbell, bytes.
+    pub fn tail(&self) -> u32 {
+        self.tail.load(Ordering::SeqCst)
+    }
+    /// No queue has this id.
+    pub fn is_free(&self) -> bool {
+        self.page.load(Ordering::Acquire) == NO_PAGE
+    }
+    fn open(&self, page: u32, queue: Option<Q>) {
+        *self.lock() = queue;
+        self.tail.store(0, Ordering::SeqCst);
+        self.scheduled.store(false, Ordering::SeqCst);
+        self.page.store(page, Ordering::Release);
+    }
+    /// Take the queue out; whoever was using it has finished when this returns.
+    fn close(&self) -> Option<Q> {
+        self.page.store(NO_PAGE, Ordering::Release);
+        self.lock().take()
+    }
+    /// The runner has found nothing left up to `seen`. `true` if a doorbell came meanwhile and the runner must go on.
+    #[must_use]
+    pub fn rest(&self, seen: u32) -> bool {
+        self.scheduled.store(false, Ordering::SeqCst);
+        self.tail() != seen && !self.scheduled.swap(true, Ordering::SeqCst)
+    }
+    /// Ask for a run; `true` if whoever runs the queue must be woken.
+    #[must_use]
+    fn schedule(&self) -> bool {
+        !self.scheduled.load(Ordering::SeqCst) && !self.scheduled.swap(true, Ordering::SeqCst)
+    }
+}
+
+/// What a send or receive queue is made of.
+#[derive(Debug)]
+pub struct WqObject {
+    /// Id, in the numbering of its kind.
+    pub id: u32,
+    /// The ring.
+    pub ring: WorkQueue,
+    /// Id of its completion queue.
+    pub cq: u32,
+    /// Index of its vPort.
+    pub vport: usize,
+    /// Memory key that its scatter/gather entries must carry.
+    pub mem_key: u32,
+}
+
+/// How many ids of each kind there are, the hardware channel's included.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Limits {
+    /// Event queues.
+    pub eqs: u32,
+    /// Completion queues.
+    pub cqs: u32,
+    /// Send queues.
+    pub sqs: u32,
+    /// Receive queues.
+    pub rqs: u32,
+}
+
+impl Limits {
+    /// Queues beyond what the vPorts and the channel need: event queues of the RDMA function and of a second driver
+    /// that shares the card.
+    const SPARE_EQS: u32 = 64 + 1;
+
+    /// Room for every queue that a driver of the card `config` describes may make.
+    pub fn of(config: &DeviceConfig) -> Self {
+        let pairs: u32 = config.vports.iter().map(|vport| u32::from(vport.max_queues)).sum();
+        Self { eqs: 1 + pairs + Self::SPARE_EQS, cqs: 1 + 2 * pairs, sqs: 1 + pairs, rqs: 1 + pairs }
+    }
+}
+
+/// Every queue of the function.
+pub struct Queues {
+    core: Arc<Core>,
+    eqs: Box<[Slot<EventQueue>]>,
+    cqs: Box<[Slot<CompletionQueue>]>,
+    sqs: Box<[Slot<WqObject>]>,
+    rqs: Box<[Slot<WqObject>]>,
+}
+
+fn slots<Q>(count: u32) -> Box<[Slot<Q>]> {
+    (0..count).map(|_| Slot::empty()).collect()
+}
+
+impl Queues {
+    /// No queues yet, room for `limits`.
+    pub fn new(core: Arc<Core>, limits: Limits) -> Self {
+        let Limits { eqs, cqs, sqs, rqs } = limits;
+        Self { core, eqs: slots(eqs), cqs: slots(cqs), sqs: slots(sqs), rqs: slots(rqs) }
+    }
+    /// What the device shares.
+    pub fn core(&self) -> &Core {
+        &self.core
+    }
+    /// Slot of a send queue; `None` for an id beyond the limits.
+    pub fn sq(&self, id: u32) -> Option<&Slot<WqObject>> {
+        self.sqs.get(id as usize)
+    }
+    /// Slot of a receive queue; `None` for an id beyond the limits.
+    pub fn rq(&self, id: u32) -> Option<&Slot<WqObject>> {
+        self.rqs.get(id as usize)
+    }
+    /// Slot of a completion queue; `None` for an id beyond the limits.
+    pub fn cq(&self, id: u32) -> Option<&Slot<CompletionQueue>> {
+        self.cqs.get(id as usize)
+    }
+    /// Slot of an event queue; `None` for an id beyond the limits.
+    pub fn eq(&self, id: u32) -> Option<&Slot<EventQueue>> {
+        self.eqs.get(id as usize)
+    }
+
+    /// Do `post` with completion queue `id` under its lock, then notify if that is due: for posting a batch. `None`
+    /// if there is no such queue.
+    pub fn complete<R>(
+        &self,
+        memory: &GuestMemoryMmap,
+        id: u32,
+        post: impl FnOnce(&mut CompletionQueue) -> R,
+    ) -> Option<R> {
+        let mut slot = self.cq(id)?.lock();
+        let cq = slot.as_mut()?;
+        let result = post(cq);
+        let notify = cq.take_notification().then(|| cq.parent_eq());
+        drop(slot);
+        if let Some(eq) = notify {
+            self.post_event(memory, eq, EventEntry::Completion(id));
+        }
+        Some(result)
+    }
+    /// Post `event` to event queue `id` and interrupt if it is armed. `false` if there is no such queue or the event
+    /// is lost; that is counted.
+    pub fn post_event(&self, memory: &GuestMemoryMmap, id: u32, event: EventEntry) -> bool {
+        let Some(slot) = self.eq(id) else { return false };
+        let mut queue = slot.lock();
+        let Some(eq) = queue.as_mut() else { return false };
+        let posted = eq.post(memory, event);
+        let vector = eq.msix();
+        drop(queue);
+        match posted {
+            Ok(interrupt) => {
+                self.core.tracer.emit(|| Event::Eqe { eq: id, kind: event.kind() });
+                if interrupt {
+                    self.core.msix.signal(vector);
+                }
+                true
+            }
+            Err(error) => {
+                count!(self.core.counters.events_lost, "event lost on EQ {id}: {error}");
+                false
+            }
+        }
+    }
+
+    /// A doorbell through `page`.
+    pub fn doorbell(&self, page: u32, doorbell: Doorbell) {
+        let live = match doorbell {
+            Doorbell::Sq { id, tail } => self.ring_sq(page, id, tail),
+            Doorbell::Rq { id, tail, wqe_count } => self.ring_rq(page, id, tail, wqe_count),
+            Doorbell::Cq { id, tail, arm } => self.ring_cq(page, id, tail, arm),
+            Doorbell::Eq { id, tail, arm } => self.ring_eq(page, id, tail, arm),
+            // Accepted and without effect: moderation and armed completions are not offered.
+            Doorbell::RqClientData | Doorbell::CqModeration => true,
+        };
+        if !live {
+            self.core.counters.doorbell_dead.bump();
+            self.core.broken(Rule::DoorbellLiveQueue, || format!("{doorbell:?} on page {page}"));
+        }
+    }
+    fn ring_sq(&self, page: u32, id: u32, tail: u32) -> bool {
+        let Some(slot) = live(&self.sqs, page, id) else { return false };
+        slot.tail.store(tail, Ordering::SeqCst);
+        if slot.schedule() {
+            self.core.waker.wake(if id == HWC_QUEUE { Work::Hwc } else { Work::Transmit { sq: id } });
+        }
+        true
+    }
+    fn ring_rq(&self, page: u32, id: u32, tail: u32, wqe_count: u8) -> bool {
+        let Some(slot) = live(&self.rqs, page, id) else { return false };
+        slot.tail.store(tail, Ordering::SeqCst);
+        if wqe_count != 0 {
+            self.core.broken(Rule::RqDoorbellCount, || format!("count {wqe_count} for RQ {id}"));
+        }
+        if id == HWC_QUEUE {
+            self.resume(HWC_QUEUE);
+        }
+        true
+    }
+    fn ring_cq(&self, page: u32, id: u32, tail: u32, arm: bool) -> bool {
+        let Some(slot) = live(&self.cqs, page, id) else { return false };
+        let Some(memory) = self.core.dma.map() else { return true };
+        let mut queue = slot.lock();
+        let Some(cq) = queue.as_mut() else { return false };
+        let rung = cq.ring(&memory, tail, arm);
+        let eq = cq.parent_eq();
+        let waiter = cq.take_waiter();
+        drop(queue);
+        if self.rung(QueueKind::Cq, id, tail, rung) {
+            self.post_event(&memory, eq, EventEntry::Completion(id));
+        }
+        if let Some(sq) = waiter {
+            self.resume(sq);
+        }
+        true
+    }
+    fn ring_eq(&self, page: u32, id: u32, tail: u32, arm: bool) -> bool {
+        let Some(slot) = live(&self.eqs, page, id) else { return false };
+        let Some(memory) = self.core.dma.map() else { return true };
+        let mut queue = slot.lock();
+        let Some(eq) = queue.as_mut() else { return false };
+        let rung = eq.ring(&memory, tail, arm);
+        let vector = eq.msix();
+        drop(queue);
+        if self.rung(QueueKind::Eq, id, tail, rung) {
+            self.core.msix.signal(vector);
+        }
+        true
+    }
+    /// Account for a consumer's doorbell; `true` if it asks for a notification.
+    fn rung(&self, kind: QueueKind, id: u32, tail: u32, rung: Result<Rung, PostError>) -> bool {
+        match rung {
+            Ok(rung) => {
+                if rung.impossible {
+                    self.core.counters.doorbell_tail.bump();
+                    self.core.broken(Rule::ConsumerTail, || format!("tail {tail} for {kind:?} {id}"));
+                }
+                rung.notify
+            }
+            Err(error) => {
+                count!(self.core.counters.completions_lost, "entry lost on {kind:?} {id}: {error}");
+                false
+            }
+        }
+    }
+    /// Have send queue `id` run again if it has something posted: what it waited for has come.
+    pub fn resume(&self, id: u32) {
+        let Some(slot) = self.sq(id) else { return };
+        if !slot.is_free() && slot.schedule() {
+            self.core.waker.wake(if id == HWC_QUEUE { Work::Hwc } else { Work::Transmit { sq: id } });
+        }
+    }
+    /// Have every live send queue run again.
+    pub fn resume_all(&self) {
+        (0..self.sqs.len() as u32).for_each(|id| self.resume(id));
+    }
+
+    /// Lowest free id of a kind, the channel's own left out; `None` when all are taken. Ids are given out and taken
+    /// back under the control plane's lock.
+    pub fn free_id(&self, kind: QueueKind) -> Option<u32> {
+        match kind {
+            QueueKind::Eq => first_free(&self.eqs),
+            QueueKind::Cq => first_free(&self.cqs),
+            QueueKind::Sq => first_free(&self.sqs),
+            QueueKind::Rq => first_free(&self.rqs),
+        }
+    }
+    /// Event queue `id` exists from now on and is rung through `page`.
+    pub fn open_eq(&self, id: u32, page: u32, eq: EventQueue) {
+        let (msix, entries) = (Some(eq.msix()), eq.entries());
+        if let Some(slot) = self.eq(id) {
+            slot.open(page, Some(eq));
+            self.created(QueueKind::Eq, id, None, msix, entries);
+        }
+    }
+    /// Completion queue `id` exists from now on and is rung through `page`.
+    pub fn open_cq(&self, id: u32, page: u32, cq: CompletionQueue) {
+        let (eq, entries) = (Some(cq.parent_eq()), cq.entries());
+        if let Some(slot) = self.cq(id) {
+            slot.open(page, Some(cq));
+            self.created(QueueKind::Cq, id, eq, None, entries);
+        }
+    }
+    /// Send queue `wq` exists from now on and is rung through `page`.
+    pub fn open_sq(&self, page: u32, wq: WqObject) {
+        let (id, entries) = (wq.id, wq.ring.entries());
+        if let Some(slot) = self.sq(id) {
+            slot.open(page, Some(wq));
+            self.created(QueueKind::Sq, id, None, None, entries);
+        }
+    }
+    /// Receive queue `wq` exists from now on and is rung through `page`.
+    pub fn open_rq(&self, page: u32, wq: WqObject) {
+        let (id, entries) = (wq.id, wq.ring.entries());
+        if let Some(slot) = self.rq(id) {
+            slot.open(page, Some(wq));
+            self.created(QueueKind::Rq, id, None, None, entries);
+        }
+    }
+    /// The work queues of the hardware channel, whose rings the channel itself keeps, are rung through `page`.
+    pub fn open_hwc(&self, page: u32) {
+        self.sq(HWC_QUEUE).into_iter().chain(self.rq(HWC_QUEUE)).for_each(|slot| slot.open(page, None));
+    }
+    fn created(&self, kind: QueueKind, id: u32, eq: Option<u32>, msix: Option<u16>, entries: u32) {
+        self.core.tracer.emit(|| Event::QueueCreate { kind, id, eq, msix, entries });
+    }
+    /// End a queue: when this returns the card touches its ring no more.
+    pub fn close(&self, kind: QueueKind, id: u32) {
+        let index = id as usize;
+        let existed = match kind {
+            QueueKind::Eq => self.eqs.get(index).is_some_and(|slot| slot.close().is_some()),
+            QueueKind::Cq => self.cqs.get(index).is_some_and(|slot| slot.close().is_some()),
+            QueueKind::Sq => self.sqs.get(index).is_some_and(|slot| slot.close().is_some()),
+            QueueKind::Rq => self.rqs.get(index).is_some_and(|slot| slot.close().is_some()),
+        };
+        if existed {
+            self.core.tracer.emit(|| Event::QueueDestroy { kind, id });
+        }
+    }
+}
+
+/// The slot of `id` if its queue exists and is rung through `page`.
+fn live<Q>(slots: &[Slot<Q>], page: u32, id: u32) -> Option<&Slot<Q>> {
+    slots.get(id as usize).filter(|slot| slot.page.load(Ordering::Acquire) == page)
+}
+
+fn first_free<Q>(slots: &[Slot<Q>]) -> Option<u32> {
+    let free = slots.iter().enumerate().skip(HWC_QUEUE as usize + 1).find(|(_, slot)| slot.is_free());
+    free.map(|(id, _)| id as u32)
+}

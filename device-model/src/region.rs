@@ -1,0 +1,271 @@
+//! DMA regions: lists of guest pages that queues and memory regions are made of.
+//!
+//! The driver creates a region (GDMA_CREATE_DMA_REGION, more pages with GDMA_DMA_REGION_ADD_PAGES), then names it
+//! in the command that makes a queue, which takes the region over.
+
+use vm_memory::GuestMemoryMmap;
+
+use crate::dma::{self, DmaError};
+
+/// Bytes of a MANA page (`MANA_PAGE_SIZE`), whatever the CPU's pages are.
+pub const PAGE_SIZE: u32 = 4096;
+/// Bits of an offset in a MANA page.
+pub const PAGE_SHIFT: u32 = 12;
+/// Largest ring, bytes. The driver's largest is 1 MiB (a CQ for 16384 WQEs).
+pub const MAX_RING: u32 = 16 << 20;
+/// Most pages of one region: 4 GiB of small pages.
+pub const MAX_PAGES: u32 = 1 << 20;
+
+/// Why a region can't be, or can't be what it is asked to be.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum RegionError {
+    /// Page type that does not exist.
+    #[error("page type {0} does not exist")]
+    PageType(u32),
+    /// Length, offset and page count contradict each other, or the region is too large.
+    #[error("{length} bytes from offset {offset} do not fill {pages} pages of {page_size} bytes")]
+    Shape {
+        /// Bytes.
+        length: u64,
+        /// Bytes into the first page.
+        offset: u32,
+        /// Pages.
+        pages: u32,
+        /// Bytes of a page.
+        page_size: u64,
+    },
+    /// A page's address is not a multiple of 4096.
+    #[error("page address {0:#x} is not aligned")]
+    Alignment(u64),
+    /// More pages than announced.
+    #[error("{given} more pages where {missing} are missing")]
+    TooMany {
+        /// Pages in the message.
+        given: usize,
+        /// Pages still expected.
+        missing: usize,
+    },
+    /// A ring in a region that has not all of its pages yet, starts inside a page, or is shorter than the ring.
+    #[error("the region can't hold a ring of {0} bytes")]
+    NotARing(u32),
+}
+
+/// A region, possibly still short of pages.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Region {
+    length: u64,
+    offset: u32,
+    page_shift: u32,
+    page_count: u32,
+    pages: Vec<u64>,
+}
+
+impl Region {
+    /// A region of `length` bytes from `offset` in the first of `page_count` pages. `page_type` is log2 of the page
+    /// size less 12 (`enum gdma_page_type`).
+    ///
+    /// # Errors
+    /// [`RegionError`] if no such region can be.
+    pub fn new(length: u64, offset: u32, page_type: u32, page_count: u32) -> Result<Self, RegionError> {
+        // 4 KiB to 2 MiB, 4 MiB, 1 GiB and 2 GiB are the sizes that exist.
+        let page_shift = match page_type {
+            0..=10 | 18 | 19 => page_type + PAGE_SHIFT,
+            _ => return Err(RegionError::PageType(page_type)),
+        };
+        let page_size = 1_u64 << page_shift;
+        let capacity = u64::from(page_count) << page_shift;
+        let end = length.checked_add(offset.into());
+        let fits = end.is_some_and(|end| end <= capacity) && length > 0;
+        if !fits || u64::from(offset) >= page_size || page_count > MAX_PAGES {
+            return Err(RegionError::Shape { length, offset, pages: page_count, page_size });
+        }
+        Ok(Self { length, offset, page_shift, page_count, pages: Vec::new() })
+    }
+    /// Append pages.
+    ///
+    /// # Errors
+    /// [`RegionError`] if there are too many or one is not aligned; none is appended then.
+    pub fn add_pages(
+        &mut self,
+        pages: impl ExactSizeIterator<Item = u64> + Clone,
+    ) -> Result<(), RegionError> {
+        let missing = self.missing();
+        if pages.len() > missing {
+            return Err(RegionError::TooMany { given: pages.len(), missing });
+        }
+        if let Some(bad) = pages.clone().find(|page| page % u64::from(PAGE_SIZE) != 0) {
+            return Err(RegionError::Alignment(bad));
+        }
+        self.pages.extend(pages);
+        Ok(())
+    }
+    /// Pages announced but not given yet.
+    pub fn missing(&self) -> usize {
+        (self.page_count as usize).saturating_sub(self.pages.len())
+    }
+    /// Pages announced.
+    pub fn page_count(&self) -> u32 {
+        self.page_count
+    }
+    /// Bytes.
+    pub fn length(&self) -> u64 {
+        self.length
+    }
+    /// The first `size` bytes as a ring.
+    ///
+    /// # Errors
+    /// [`RegionError::NotARing`] if the region is incomplete, starts inside a page or is too short.
+    pub fn ring(&self, size: u32) -> Result<RingMemory, RegionError> {
+        let whole = self.missing() == 0 && self.offset == 0 && u64::from(size) <= self.length;
+        if !whole || size == 0 || size > MAX_RING {
+            return Err(RegionError::NotARing(size));
+        }
+        let step = 1_u64 << self.page_shift;
+        let contiguous = self.pages.windows(2).all(|pair| match pair {
+            [a, b] => a.checked_add(step) == Some(*b),
+            _ => true,
+        });
+        let layout = match self.pages.first() {
+            Some(&base) if contiguous => Layout::Contiguous(base),
+            _ => Layout::Paged { pages: self.pages.clone().into(), shift: self.page_shift },
+        };
+        Ok(RingMemory { layout, size })
+    }
+}
+
+/// Where a ring's bytes are.
+#[derive(Clone, Debug)]
+enum Layout {
+    Contiguous(u64),
+    Paged { pages: Box<[u64]>, shift: u32 },
+}
+
+/// Guest memory used as a ring: offsets wrap at its size, pages lie where the region's list says.
+#[derive(Clone, Debug)]
+pub struct RingMemory {
+    layout: Layout,
+    size: u32,
+}
+
+impl RingMemory {
+    /// A ring of one page (each queue of the hardware channel).
+    pub fn page(address: u64) -> Self {
+        Self { layout: Layout::Contiguous(address), size: PAGE_SIZE }
+    }
+    /// Bytes.
+    pub fn size(&self) -> u32 {
+        self.size
+    }
+    /// Bus address of the byte at `offset`, and how many bytes from there on lie in one piece.
+    fn locate(&self, offset: u32) -> Result<(u64, usize), DmaError> {
+        let offset = offset % self.size;
+        let to_end = self.size - offset;
+        let found = match &self.layout {
+            Layout::Contiguous(base) => base.checked_add(offset.into()).map(|address| (address, to_end)),
+            Layout::Paged { pages, shift } => {
+                let in_page = u64::from(offset) & ((1_u64 << shift) - 1);
+                let to_page_end = (1_u64 << shift) - in_page;
+                pages
+                    .get((u64::from(offset) >> shift) as usize)
+                    .and_then(|page| page.checked_add(in_page))
+                    .map(|address| (address, to_end.min(u32::try_from(to_page_end).unwrap_or(to_end))))
+            }
+        };
+        found
+            .map(|(address, len)| (address, len as usize))
+            .ok_or(DmaError { address: u64::MAX, len: to_end as usize })
+    }
+    /// Fill `data` from `offset` on.
+    ///
+    /// # Errors
+    /// [`DmaError`] if a page is not guest memory.
+    pub fn read(&self, memory: &GuestMemoryMmap, offset: u32, mut data: &mut [u8]) -> Result<(), DmaError> {
+        let mut offset = offset;
+        while !data.is_empty() {
+            let (address, contiguous) = self.locate(offset)?;
+            let (now, later) = data.split_at_mut(contiguous.min(data.len()));
+            dma::read(memory, address, now)?;
+            offset = offset.wrapping_add(now.len() as u32);
+            data = later;
+        }
+        Ok(())
+    }
+    /// Write one entry of a ring of entries: all but the last word, then, visible only after the rest, the last word.
+    /// `offset` is a multiple of the entry's size, which is a power of two, so that it lies in one page.
+    ///
+    /// # Errors
+    /// [`DmaError`] if the page is not guest memory.
+    pub fn publish(
+        &self,
+        memory: &GuestMemoryMmap,
+        offset: u32,
+        body: &[u8],
+        last: u32,
+    ) -> Result<(), DmaError> {
+        let (address, _) = self.locate(offset)?;
+        let word = address.checked_add(body.len() as u64).ok_or(DmaError { address, len: body.len() + 4 })?;
+        dma::write(memory, address, body)?;
+        dma::publish(memory, word, last)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use vm_memory::{Bytes, GuestAddress};
+
+    use super::*;
+
+    fn memory() -> GuestMemoryMmap {
+        GuestMemoryMmap::from_ranges(&[(GuestAddress(0), 0x10_0000)]).expect("guest memory")
+    }
+
+    #[test]
+    fn pages_arrive_in_several_messages() {
+        let mut region = Region::new(3 * 4096, 0, 0, 3).expect("region");
+        region.add_pages([0x1000].into_iter()).expect("page");
+        assert_eq!(region.missing(), 2);
+        assert_eq!(region.ring(4096).unwrap_err(), RegionError::NotARing(4096));
+        let many = region.add_pages([0x2000, 0x3000, 0x4000].into_iter());
+        assert_eq!(many, Err(RegionError::TooMany { given: 3, missing: 2 }));
+        assert_eq!(region.add_pages([0x2001].into_iter()), Err(RegionError::Alignment(0x2001)));
+        region.add_pages([0x8000, 0x2000].into_iter()).expect("pages");
+        assert_eq!(region.missing(), 0);
+        assert!(region.ring(3 * 4096).is_ok());
+        assert!(region.ring(4 * 4096).is_err());
+    }
+
+    #[test]
+    fn impossible_shapes_are_refused() {
+        assert_eq!(Region::new(4096, 0, 11, 1), Err(RegionError::PageType(11)));
+        assert!(Region::new(4097, 0, 0, 1).is_err());
+        assert!(Region::new(4096, 1, 0, 1).is_err());
+        assert!(Region::new(0, 0, 0, 1).is_err());
+        assert!(Region::new(u64::MAX, 0xfff, 0, u32::MAX).is_err());
+        assert!(Region::new(1 << 30, 0, 18, 1).is_ok());
+    }
+
+    #[test]
+    fn scattered_ring_reads_wrap_and_follow_the_pages() {
+        let memory = memory();
+        memory.write_slice(&[1; 4096], GuestAddress(0x5000)).expect("fill");
+        memory.write_slice(&[2; 4096], GuestAddress(0x3000)).expect("fill");
+        let mut region = Region::new(8192, 0, 0, 2).expect("region");
+        region.add_pages([0x5000, 0x3000].into_iter()).expect("pages");
+        let ring = region.ring(8192).expect("ring");
+        let mut data = [0; 8];
+        ring.read(&memory, 4092, &mut data).expect("read");
+        assert_eq!(data, [1, 1, 1, 1, 2, 2, 2, 2]);
+        ring.read(&memory, 8188, &mut data).expect("read");
+        assert_eq!(data, [2, 2, 2, 2, 1, 1, 1, 1]);
+        ring.publish(&memory, 4096, &[7; 60], 9).expect("publish");
+        assert_eq!(memory.read_obj::<u32>(GuestAddress(0x303c)).expect("word"), 9);
+    }
+
+    #[test]
+    fn pages_outside_memory_are_errors() {
+        let memory = memory();
+        let ring = RingMemory::page(0xffff_ffff_ffff_f000);
+        assert!(ring.read(&memory, 0, &mut [0; 8]).is_err());
+        assert!(ring.publish(&memory, 4032, &[0; 60], 0).is_err());
+    }
+}

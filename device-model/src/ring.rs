@@ -1,0 +1,576 @@
+//! The rings: work queues that the driver fills, completion and event queues that the card fills.
+//!
+//! A work queue is a ring of bytes; driver and card count them modulo 2^32. Completion and event queues are rings
+//! of entries. The card's count of them starts at the number of entries N; entry i lies in slot i mod N and carries
+//! (i / N) mod 8 in its three owner bits, so that the first lap differs from zeroed memory. The driver tells
+//! by doorbell how many it has taken, modulo 8 N, and whether it wants to be notified of the next one.
+//!
+//! Source: `mana_gd_ring_doorbell`, `mana_gd_read_cqe`, `mana_gd_process_eq_events` in gdma_main.c; the sheet's
+//! sections 2.5 and 5.
+
+use std::collections::VecDeque;
+
+use vm_memory::GuestMemoryMmap;
+use zerocopy::{FromBytes, IntoBytes};
+
+use crate::dma::DmaError;
+use crate::region::RingMemory;
+use crate::wire::queue::{
+    BASIC_UNIT, Cqe, Eqe, EventEntry, MAX_RQ_WQE, MAX_SQ_WQE, OWNER_SHIFT, Sge, WqeHeader,
+};
+
+/// Owner bits count laps modulo this.
+const LAPS: u64 = 8;
+
+/// Why a WQE can't be read.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum WqeError {
+    /// The doorbell's tail is not on a WQE boundary or further ahead than the ring is long.
+    #[error("doorbell tail {tail:#x} is impossible with the queue's head at {head:#x}")]
+    Tail {
+        /// What the doorbell said, bytes.
+        tail: u32,
+        /// First byte not yet consumed.
+        head: u32,
+    },
+    /// The header's counts make the WQE longer than the queue's kind allows or than what was posted.
+    #[error("a WQE of {len} bytes where {available} are possible")]
+    Length {
+        /// Bytes by the header's counts.
+        len: usize,
+        /// Bytes that there are.
+        available: usize,
+    },
+    /// The ring is not guest memory.
+    #[error(transparent)]
+    Dma(#[from] DmaError),
+}
+
+/// A WQE as it was when read: the guest can change it no more. Reuse one for many.
+#[derive(Debug)]
+pub struct Wqe {
+    raw: [u8; MAX_SQ_WQE],
+    header: WqeHeader,
+}
+
+impl Default for Wqe {
+    fn default() -> Self {
+        Self { raw: [0; MAX_SQ_WQE], header: WqeHeader::default() }
+    }
+}
+
+impl Wqe {
+    /// Counts and flags.
+    pub fn header(&self) -> WqeHeader {
+        self.header
+    }
+    /// The inline OOB: 8, 24 or 32 bytes.
+    pub fn oob(&self) -> &[u8] {
+        let start = size_of::<WqeHeader>();
+        self.raw.get(start..start + self.header.oob_len()).unwrap_or_default()
+    }
+    /// The scatter/gather list.
+    pub fn sgl(&self) -> &[Sge] {
+        let list = self.raw.get(self.header.sgl_offset()..).unwrap_or_default();
+        <[Sge]>::ref_from_prefix_with_elems(list, self.header.num_sge())
+            .map(|(sgl, _)| sgl)
+            .unwrap_or_default()
+    }
+    /// Bytes in the ring.
+    pub fn len(&self) -> u32 {
+        self.header.wqe_len() as u32
+    }
+}
+
+/// A send or receive queue's ring.
+#[derive(Debug)]
+pub struct WorkQueue {
+    memory: RingMemory,
+    head: u32,
+    max_wqe: usize,
+}
+
+impl WorkQueue {
+    /// Whether a work queue can be `bytes` long: a power of two, so that offsets modulo 2^32 stay in step, and no
+    /// shorter than the longest WQE.
+    pub fn is_valid_size(bytes: u32) -> bool {
+        bytes.is_power_of_two() && bytes as usize >= MAX_SQ_WQE
+    }
+    /// An empty send queue.
+    pub fn send(memory: RingMemory) -> Self {
+        Self { memory, head: 0, max_wqe: MAX_SQ_WQE }
+    }
+    /// An empty receive queue.
+    pub fn receive(memory: RingMemory) -> Self {
+        Self { memory, head: 0, max_wqe: MAX_RQ_WQE }
+    }
+    /// Bytes of the ring.
+    pub fn size(&self) -> u32 {
+        self.memory.size()
+    }
+    /// Basic units of the ring: most WQEs it can hold.
+    pub fn entries(&self) -> u32 {
+        self.size() / BASIC_UNIT
+    }
+    /// First byte not yet consumed, free running. A WQE's offset is this before [`advance`](Self::advance).
+    pub fn head(&self) -> u32 {
+        self.head
+    }
+    /// Bytes posted and not consumed, given the doorbell's `tail`.
+    ///
+    /// # Errors
+    /// [`WqeError::Tail`] if the tail is impossible.
+    pub fn posted(&self, tail: u32) -> Result<u32, WqeError> {
+        let posted = tail.wrapping_sub(self.head);
+        if posted > self.size() || !posted.is_multiple_of(BASIC_UNIT) {
+            return Err(WqeError::Tail { tail, head: self.head });
+        }
+        Ok(posted)
+    }
+    /// Read the WQE at the head into `wqe`; `false` if there is none. The head stays where it is.
+    ///
+    /// # Errors
+    /// [`WqeError`]; what follows the head can't be told apart then: [`discard`](Self::discard) it.
+    pub fn fetch(&self, memory: &GuestMemoryMmap, tail: u32, wqe: &mut Wqe) -> Result<bool, WqeError> {
+        let posted = self.posted(tail)? as usize;
+        if posted == 0 {
+            return Ok(false);
+        }
+        let (first, rest) = wqe.raw.split_at_mut(BASIC_UNIT as usize);
+        self.memory.read(memory, self.head, first)?;
+        wqe.header = WqeHeader::read_from_prefix(first).map(|(header, _)| header).unwrap_or_default();
+        let len = wqe.header.wqe_len();
+        let available = posted.min(self.max_wqe);
+        if len > available {
+            // Nothing of the list may be believed.
+            wqe.header = WqeHeader::default();
+            return Err(WqeError::Length { len, available });
+        }
+        let rest = rest.get_mut(..len - BASIC_UNIT as usize).unwrap_or_default();
+        self.memory.read(memory, self.head.wrapping_add(BASIC_UNIT), rest)?;
+        Ok(true)
+    }
+    /// The WQE just fetched is consumed.
+    pub fn advance(&mut self, wqe: &Wqe) {
+        self.head = self.head.wrapping_add(wqe.len());
+    }
+    /// Drop everything up to `tail`, after an error that leaves no other way.
+    pub fn discard(&mut self, tail: u32) {
+        self.head = tail & !(BASIC_UNIT - 1);
+    }
+}
+
+/// What a doorbell meant for the ring's owner.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[must_use]
+pub struct Rung {
+    /// Entries are waiting: notify now.
+    pub notify: bool,
+    /// The driver has taken entries: there is more room.
+    pub freed: bool,
+    /// The tail makes no sense: overflow, or the driver counts differently.
+    pub impossible: bool,
+}
+
+/// Producer, consumer and arm state that completion and event queues share.
+#[derive(Debug)]
+struct Cursor {
+    entries: u64,
+    producer: u64,
+    consumer: u64,
+    /// Notify once the producer passes this.
+    armed_at: Option<u64>,
+}
+
+impl Cursor {
+    /// Queues are born armed: the driver waits for the first event of a queue that it has never rung.
+    fn new(entries: u32) -> Self {
+        let entries = u64::from(entries.max(1));
+        Self { entries, producer: entries, consumer: entries, armed_at: Some(entries) }
+    }
+    /// Entries that the driver is not known to have taken.
+    fn outstanding(&self) -> u64 {
+        self.producer - self.consumer
+    }
+    /// Slot and owner bits of the next entry.
+    fn next(&self) -> (u32, u32) {
+        let slot = self.producer % self.entries;
+        let owner = self.producer / self.entries % LAPS;
+        (slot as u32, (owner as u32) << OWNER_SHIFT)
+    }
+    /// Take the armed state if the producer has passed it.
+    fn take_notification(&mut self) -> bool {
+        let due = self.armed_at.is_some_and(|at| self.producer > at);
+        if due {
+            self.armed_at = None;
+        }
+        due
+    }
+    /// A doorbell: `tail` entries taken, modulo eight laps.
+    fn ring(&mut self, tail: u32, arm: bool) -> Rung {
+        let modulus = self.entries * LAPS;
+        let behind = (self.producer % modulus + modulus - u64::from(tail) % modulus) % modulus;
+        if behind > self.entries {
+            // Short of half the modulus ahead of the producer: rdma-core arms for entries that are still to come.
+            let ahead = modulus - behind;
+            if ahead > modulus / 2 {
+                return Rung { impossible: true, ..Rung::default() };
+            }
+            self.armed_at = arm.then_some(self.producer + ahead);
+            return Rung { impossible: !arm, ..Rung::default() };
+        }
+        let consumer = self.producer - behind;
+        let freed = consumer > self.consumer;
+        self.consumer = self.consumer.max(consumer);
+        self.armed_at = arm.then_some(consumer);
+        Rung { notify: self.take_notification(), freed, impossible: false }
+    }
+}
+
+/// The queue has no room for an entry.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum PostError {
+    /// Full: the driver must take entries first.
+    #[error("the queue is full")]
+    Full,
+    /// The ring is not guest memory.
+    #[error(transparent)]
+    Dma(#[from] DmaError),
+}
+
+/// A completion queue.
+#[derive(Debug)]
+pub struct CompletionQueue {
+    memory: RingMemory,
+    cursor: Cursor,
+    parent_eq: u32,
+    held: VecDeque<Cqe>,
+    waiter: Option<u32>,
+}
+
+impl CompletionQueue {
+    /// Most completions that [`post_or_hold`](Self::post_or_hold) keeps.
+    const MAX_HELD: usize = 16;
+
+    /// Whether a completion queue can be `bytes` long.
+    pub fn is_valid_size(bytes: u32) -> bool {
+        bytes != 0 && (bytes as usize).is_multiple_of(size_of::<Cqe>())
+    }
+    /// An empty, armed queue that notifies through event queue `parent_eq`.
+    pub fn new(memory: RingMemory, parent_eq: u32) -> Self {
+        let entries = memory.size() / size_of::<Cqe>() as u32;
+        Self { memory, cursor: Cursor::new(entries), parent_eq, held: VecDeque::new(), waiter: None }
+    }
+    /// Id of the event queue that is told.
+    pub fn parent_eq(&self) -> u32 {
+        self.parent_eq
+    }
+    /// Entries of the ring.
+    pub fn entries(&self) -> u32 {
+        self.cursor.entries as u32
+    }
+    /// Completions that may be posted on the strength of WQEs: a driver posts no more WQEs than its completion queue
+    /// has entries, but need ring the completion queue only once in eight laps. Check before a WQE is consumed.
+    pub fn room(&self) -> u32 {
+        (self.cursor.entries * (LAPS - 1)).saturating_sub(self.cursor.outstanding()) as u32
+    }
+    /// Slots that the driver is known to have emptied: what a completion without a WQE needs.
+    pub fn free(&self) -> u32 {
+        self.cursor.entries.saturating_sub(self.cursor.outstanding()) as u32
+    }
+    /// Write the completion `data` of work queue `wq`. Many may be posted before one
+    /// [`take_notification`](Self::take_notification).
+    ///
+    /// # Errors
+    /// [`PostError::Full`] if there is no [`room`](Self::room), else the ring is not guest memory.
+    pub fn post(
+        &mut self,
+        memory: &GuestMemoryMmap,
+        data: &[u8; Cqe::DATA],
+        wq: u32,
+        is_sq: bool,
+    ) -> Result<(), PostError> {
+        if self.room() == 0 {
+            return Err(PostError::Full);
+        }
+        let (slot, owner) = self.cursor.next();
+        self.memory.publish(memory, slot * size_of::<Cqe>() as u32, data, Cqe::info(wq, is_sq) | owner)?;
+        self.cursor.producer += 1;
+        Ok(())
+    }
+    /// As [`post`](Self::post) for a completion that no WQE stands for (the receive fence): while no slot is known
+    /// to be [`free`](Self::free) it is kept, and posted when the driver has taken entries.
+    ///
+    /// # Errors
+    /// [`PostError::Full`] if too many are kept already, else the ring is not guest memory.
+    pub fn post_or_hold(
+        &mut self,
+        memory: &GuestMemoryMmap,
+        data: &[u8; Cqe::DATA],
+        wq: u32,
+        is_sq: bool,
+    ) -> Result<(), PostError> {
+        if self.free() > 0 && self.held.is_empty() {
+            return self.post(memory, data, wq, is_sq);
+        }
+        if self.held.len() >= Self::MAX_HELD {
+            return Err(PostError::Full);
+        }
+        self.held.push_back(Cqe { data: *data, info: Cqe::info(wq, is_sq).into() });
+        Ok(())
+    }
+    /// Send queue `sq` found no room and stopped: it is to run again when there is some.
+    pub fn wait_for_room(&mut self, sq: u32) {
+        self.waiter = Some(sq);
+    }
+    /// The send queue that waited for room, if there is some now.
+    #[must_use]
+    pub fn take_waiter(&mut self) -> Option<u32> {
+        if self.free() == 0 { None } else { self.waiter.take() }
+    }
+    fn post_held(&mut self, memory: &GuestMemoryMmap) -> Result<(), PostError> {
+        while self.free() > 0 {
+            let Some(cqe) = self.held.pop_front() else { break };
+            self.post(memory, &cqe.data, cqe.wq_num(), cqe.is_sq())?;
+        }
+        Ok(())
+    }
+    /// `true` once after entries were posted to an armed queue: post [`EventEntry::Completion`] to
+    /// [`parent_eq`](Self::parent_eq).
+    #[must_use]
+    pub fn take_notification(&mut self) -> bool {
+        self.cursor.take_notification()
+    }
+    /// A doorbell: `tail` entries taken, modulo eight laps; notify of the next one if `arm`.
+    ///
+    /// # Errors
+    /// A held completion could not be written.
+    pub fn ring(&mut self, memory: &GuestMemoryMmap, tail: u32, arm: bool) -> Result<Rung, PostError> {
+        let mut rung = self.cursor.ring(tail, arm);
+        if rung.freed && !self.held.is_empty() {
+            self.post_held(memory)?;
+            rung.notify |= self.take_notification();
+        }
+        Ok(rung)
+    }
+}
+
+/// An event queue.
+#[derive(Debug)]
+pub struct EventQueue {
+    memory: RingMemory,
+    cursor: Cursor,
+    msix: u16,
+    held: VecDeque<Eqe>,
+}
+
+impl EventQueue {
+    /// Most events kept while the ring is full: each completion queue can have one on the way.
+    const MAX_HELD: usize = 4096;
+
+    /// Whether an event queue can be `bytes` long.
+    pub fn is_valid_size(bytes: u32) -> bool {
+        bytes != 0 && (bytes as usize).is_multiple_of(size_of::<Eqe>())
+    }
+    /// An empty, armed queue that interrupts through MSI-X vector `msix`.
+    pub fn new(memory: RingMemory, msix: u16) -> Self {
+        let entries = memory.size() / size_of::<Eqe>() as u32;
+        Self { memory, cursor: Cursor::new(entries), msix, held: VecDeque::new() }
+    }
+    /// MSI-X vector.
+    pub fn msix(&self) -> u16 {
+        self.msix
+    }
+    /// Entries of the ring.
+    pub fn entries(&self) -> u32 {
+        self.cursor.entries as u32
+    }
+    /// Post `event`, or keep it while the ring is full; `true` if the vector is to be signalled.
+    ///
+    /// # Errors
+    /// [`PostError::Full`] if too many are kept already, else the ring is not guest memory.
+    pub fn post(&mut self, memory: &GuestMemoryMmap, event: EventEntry) -> Result<bool, PostError> {
+        if self.held.len() >= Self::MAX_HELD {
+            return Err(PostError::Full);
+        }
+        self.held.push_back(event.entry());
+        self.post_held(memory)?;
+        Ok(self.cursor.take_notification())
+    }
+    /// The driver rings after every few events, so a slot it has not rung for is not free.
+    fn post_held(&mut self, memory: &GuestMemoryMmap) -> Result<(), PostError> {
+        while self.cursor.outstanding() < self.cursor.entries {
+            let Some(eqe) = self.held.pop_front() else { break };
+            let (slot, owner) = self.cursor.next();
+            let details = eqe.details.as_bytes();
+            let offset = slot * size_of::<Eqe>() as u32;
+            self.memory.publish(memory, offset, details, eqe.info.get() | owner)?;
+            self.cursor.producer += 1;
+        }
+        Ok(())
+    }
+    /// A doorbell: `tail` entries taken, modulo eight laps; interrupt on the next one if `arm`.
+    ///
+    /// # Errors
+    /// A kept event could not be written.
+    pub fn ring(&mut self, memory: &GuestMemoryMmap, tail: u32, arm: bool) -> Result<Rung, PostError> {
+        let mut rung = self.cursor.ring(tail, arm);
+        if rung.freed && !self.held.is_empty() {
+            self.post_held(memory)?;
+            rung.notify |= self.cursor.take_notification();
+        }
+        Ok(rung)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use vm_memory::{Bytes, GuestAddress};
+
+    use super::*;
+    use crate::region::PAGE_SIZE;
+
+    const RING: u64 = 0x1_0000;
+
+    fn memory() -> GuestMemoryMmap {
+        GuestMemoryMmap::from_ranges(&[(GuestAddress(0), 0x10_0000)]).expect("guest memory")
+    }
+
+    /// A work queue of one page with a 64-byte WQE (24 bytes of OOB, one SGE) written at `offset`.
+    fn with_wqe(memory: &GuestMemoryMmap, offset: u64, num_sge: u32) -> WorkQueue {
+        let ring = RingMemory::page(RING);
+        memory.write_obj(num_sge | 6 << 8, GuestAddress(RING + offset + 4)).expect("header");
+        memory.write_slice(&[0xaa; 24], GuestAddress(RING + offset + 8)).expect("oob");
+        let sge = RING + (offset + 32) % u64::from(PAGE_SIZE);
+        memory.write_obj(0x1234_u64, GuestAddress(sge)).expect("address");
+        memory.write_obj(60_u32, GuestAddress(sge + 12)).expect("size");
+        WorkQueue::send(ring)
+    }
+
+    #[test]
+    fn wqe_is_read_whole_and_consumed_once() {
+        let memory = memory();
+        let mut queue = with_wqe(&memory, 0, 1);
+        let mut wqe = Wqe::default();
+        assert!(!queue.fetch(&memory, 0, &mut wqe).expect("empty"));
+        assert!(queue.fetch(&memory, 64, &mut wqe).expect("one"));
+        assert_eq!(wqe.oob(), [0xaa; 24]);
+        assert_eq!(wqe.sgl().len(), 1);
+        assert_eq!(wqe.sgl()[0].address.get(), 0x1234);
+        queue.advance(&wqe);
+        assert_eq!(queue.head(), 64);
+        assert!(!queue.fetch(&memory, 64, &mut wqe).expect("empty"));
+    }
+
+    #[test]
+    fn scatter_list_wraps_at_the_end_of_the_ring() {
+        let memory = memory();
+        let mut queue = with_wqe(&memory, 4064, 1);
+        queue.discard(0xffff_ffe0);
+        let mut wqe = Wqe::default();
+        assert!(queue.fetch(&memory, 32, &mut wqe).expect("one"));
+        assert_eq!(wqe.sgl()[0].size.get(), 60);
+        queue.advance(&wqe);
+        assert_eq!(queue.head(), 32);
+    }
+
+    #[test]
+    fn impossible_tails_and_lengths_are_errors() {
+        let memory = memory();
+        let queue = with_wqe(&memory, 0, 200);
+        let mut wqe = Wqe::default();
+        assert_eq!(queue.fetch(&memory, 4128, &mut wqe), Err(WqeError::Tail { tail: 4128, head: 0 }));
+        assert_eq!(queue.fetch(&memory, 33, &mut wqe), Err(WqeError::Tail { tail: 33, head: 0 }));
+        let too_long = queue.fetch(&memory, 4096, &mut wqe);
+        assert!(matches!(too_long, Err(WqeError::Length { available: 512, .. })));
+        assert!(wqe.sgl().is_empty());
+        let beyond = with_wqe(&memory, 0, 1).fetch(&memory, 32, &mut wqe);
+        assert_eq!(beyond, Err(WqeError::Length { len: 64, available: 32 }));
+    }
+
+    fn owner(memory: &GuestMemoryMmap, slot: u64) -> u32 {
+        memory.read_obj::<u32>(GuestAddress(RING + slot * 64 + 60)).expect("word") >> OWNER_SHIFT
+    }
+
+    #[test]
+    fn owner_bits_count_laps_and_doorbells_free_slots() {
+        let memory = memory();
+        let mut queue = CompletionQueue::new(RingMemory::page(RING), 0);
+        for lap in 0..20_u32 {
+            for slot in 0..64_u32 {
+                queue.post(&memory, &[0; 60], 5, true).expect("room");
+                assert_eq!(owner(&memory, slot.into()), (lap + 1) % 8);
+            }
+            assert_eq!(queue.free(), 0);
+            let rung = queue.ring(&memory, (lap + 2) * 64 % 512, false).expect("doorbell");
+            assert!(rung.freed && !rung.impossible);
+            assert_eq!(queue.free(), 64);
+        }
+    }
+
+    #[test]
+    fn completions_stop_before_laps_become_ambiguous() {
+        let memory = memory();
+        let mut queue = CompletionQueue::new(RingMemory::page(RING), 0);
+        for _ in 0..7 * 64 {
+            queue.post(&memory, &[0; 60], 5, true).expect("room");
+        }
+        assert_eq!(queue.post(&memory, &[0; 60], 5, true), Err(PostError::Full));
+    }
+
+    #[test]
+    fn armed_queue_notifies_once_and_again_after_a_late_arm() {
+        let memory = memory();
+        let mut queue = CompletionQueue::new(RingMemory::page(RING), 0);
+        queue.post(&memory, &[0; 60], 5, true).expect("room");
+        queue.post(&memory, &[0; 60], 5, true).expect("room");
+        assert!(queue.take_notification());
+        queue.post(&memory, &[0; 60], 5, true).expect("room");
+        assert!(!queue.take_notification());
+        assert!(queue.ring(&memory, 66, true).expect("doorbell").notify);
+        assert!(!queue.ring(&memory, 67, true).expect("doorbell").notify);
+        queue.post(&memory, &[0; 60], 5, true).expect("room");
+        assert!(queue.take_notification());
+    }
+
+    #[test]
+    fn arming_ahead_waits_for_that_entry() {
+        let memory = memory();
+        let mut queue = CompletionQueue::new(RingMemory::page(RING), 0);
+        assert!(!queue.ring(&memory, 65, true).expect("doorbell").notify);
+        queue.post(&memory, &[0; 60], 5, true).expect("room");
+        assert!(!queue.take_notification());
+        queue.post(&memory, &[0; 60], 5, true).expect("room");
+        assert!(queue.take_notification());
+    }
+
+    #[test]
+    fn fence_waits_for_a_free_slot() {
+        let memory = memory();
+        let mut queue = CompletionQueue::new(RingMemory::page(RING), 0);
+        for _ in 0..64 {
+            queue.post(&memory, &[1; 60], 5, false).expect("room");
+        }
+        assert!(queue.take_notification());
+        queue.post_or_hold(&memory, &[3; 60], 5, false).expect("held");
+        assert_eq!(owner(&memory, 0), 1);
+        let rung = queue.ring(&memory, 128, true).expect("doorbell");
+        assert!(rung.freed && rung.notify);
+        assert_eq!(owner(&memory, 0), 2);
+        assert_eq!(memory.read_obj::<u8>(GuestAddress(RING)).expect("data"), 3);
+    }
+
+    #[test]
+    fn full_event_queue_keeps_events_until_the_driver_rings() {
+        let memory = memory();
+        let mut queue = EventQueue::new(RingMemory::page(RING), 0);
+        assert!(queue.post(&memory, EventEntry::Test).expect("room"));
+        for _ in 0..256 {
+            assert!(!queue.post(&memory, EventEntry::Completion(9)).expect("kept"));
+        }
+        let rung = queue.ring(&memory, 261, true).expect("doorbell");
+        assert!(rung.notify && rung.freed);
+        let word = memory.read_obj::<u32>(GuestAddress(RING + 12)).expect("word");
+        assert_eq!(word, 3 | 2 << OWNER_SHIFT);
+    }
+}
