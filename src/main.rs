@@ -10,7 +10,7 @@ use mana_vmm::vm;
 const FAILED: u8 = 1;
 
 fn main() -> ExitCode {
-    env_logger::Builder::from_env(env_logger::Env::new().filter_or("MANA_LOG", "warn")).init();
+    mana_vmm::logging::init();
     let cli = match Cli::try_parse() {
         Ok(cli) => cli,
         Err(error) => {
@@ -28,6 +28,6 @@ fn main() -> ExitCode {
 
 fn run(cli: Cli) -> anyhow::Result<ExitCode> {
     match cli.command {
-        Command::Boot(args) => vm::run(args.into_config()?),
+        Command::Boot(args) => vm::run(&args.into_config()?),
     }
 }

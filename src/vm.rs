@@ -1,13 +1,216 @@
 //! A virtual machine, from its configuration to its end.
 
+use std::fs::File;
+use std::io::Write;
+use std::path::PathBuf;
 use std::process::ExitCode;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
 
+use anyhow::{Context, ensure};
+use event_manager::SubscriberOps;
+use kvm_bindings::KVM_MAX_CPUID_ENTRIES;
+use kvm_ioctls::{Kvm, VmFd};
+use vm_memory::GuestMemoryMmap;
+
+use crate::acpi::{self, Platform};
+use crate::boot::{self, BootSource};
+use crate::bus::Bus;
 use crate::config::VmConfig;
+use crate::events::{EventLoop, Signals, StopListener, Timeout};
+use crate::irq::{self, IrqLine};
+use crate::legacy::{
+    AcpiPm, AgentPort, Console, ConsoleTimers, I8042, Pvpanic, Rtc, RtcAlarm, SerialInput, SerialPort,
+};
+use crate::pci_host::plan::{self, HostBridge, Seat, Wish};
+use crate::stop::{EXEC_FAILED, Outcome, Stop};
+use crate::vcpu::{Vcpu, Vcpus};
+use crate::{initramfs, layout, memory, topology};
 
-/// Build the machine, run it, and say how it ended.
+/// Run the machine until it ends for good, and say how.
+///
+/// A reset builds the machine anew from the same configuration.
 ///
 /// # Errors
 /// Anything of the host's that fails.
-pub fn run(_config: VmConfig) -> anyhow::Result<ExitCode> {
-    anyhow::bail!("this build can't run a machine yet")
+pub fn run(config: &VmConfig) -> anyhow::Result<ExitCode> {
+    let deadline = config.timeout.map(|timeout| Instant::now() + timeout);
+    let console = open_console(config)?;
+    loop {
+        let machine = Machine::build(config, console.as_ref())?;
+        let remaining = deadline.map(|deadline| deadline.saturating_duration_since(Instant::now()));
+        let (outcome, exec_status) = machine.run(remaining)?;
+        if outcome == Outcome::Reset {
+            log::info!("the guest asked for a reset");
+            continue;
+        }
+        return Ok(report(config, &outcome, exec_status));
+    }
+}
+
+/// The exit code, with a sentence on standard error if it is not 0.
+fn report(config: &VmConfig, outcome: &Outcome, exec_status: Option<i32>) -> ExitCode {
+    match outcome {
+        Outcome::PowerOff if config.exec.is_some() => return report_exec(exec_status),
+        Outcome::PowerOff | Outcome::Reset => {}
+        Outcome::GuestPanic(line) => eprintln!("mana-vmm: guest kernel in trouble: {line}"),
+        Outcome::TimedOut => eprintln!("mana-vmm: --timeout is over"),
+        Outcome::RuleBroken(rule) => eprintln!("mana-vmm: strict=on: {rule}"),
+        Outcome::HostError(error) => eprintln!("mana-vmm: {error}"),
+    }
+    outcome.exit_code()
+}
+
+fn report_exec(status: Option<i32>) -> ExitCode {
+    match status {
+        Some(0) => return ExitCode::SUCCESS,
+        Some(status) => eprintln!("mana-vmm: --exec: the command failed with status {status}"),
+        None => eprintln!("mana-vmm: --exec: the guest powered off before the command ended"),
+    }
+    ExitCode::from(EXEC_FAILED)
+}
+
+/// Everything that makes up a machine. Fields are dropped from top to bottom: what uses comes before what is used.
+struct Machine {
+    events: EventLoop,
+    vcpus: Vec<Vcpu>,
+    bus: Arc<Bus>,
+    agent: Arc<AgentPort>,
+    console: Arc<Console>,
+    stop: Arc<Stop>,
+    _vm: Arc<VmFd>,
+    _memory: GuestMemoryMmap,
+}
+
+impl Machine {
+    /// Power on.
+    fn build(config: &VmConfig, console: Option<&File>) -> anyhow::Result<Self> {
+        let kvm = Kvm::new().context("/dev/kvm can't be used")?;
+        let vm = Arc::new(kvm.create_vm().context("KVM_CREATE_VM")?);
+        let memory = memory::allocate(config.memory)?;
+        memory::register(&vm, &memory)?;
+        irq::create_irqchip(&vm)?;
+
+        let stop = Stop::new()?;
+        let mut bus = Bus::default();
+        let mut events = EventLoop::new().context("no event loop")?;
+        let console = Console::new(console_output(config, console)?, stop.clone())?;
+        let agent = Arc::new(AgentPort::default());
+        add_legacy_devices(config, &vm, &mut bus, &mut events, &console, &agent, &stop)?;
+        events.add_subscriber(Box::new(StopListener(stop.clone())));
+        events.add_subscriber(Box::new(Signals::new(stop.clone())?));
+
+        let (bridges, _seats) = plan_pci(config)?;
+        let ram = layout::numa_ram(config.memory, &config.topology);
+        let rsdp =
+            acpi::write(&memory, &Platform { topology: &config.topology, ram: &ram, bridges: &bridges })?;
+        let vcpus = create_vcpus(config, &kvm, &vm)?;
+        let initrd = initrd(config)?;
+        let command_line = command_line(config);
+        let source =
+            BootSource { kernel: &config.kernel, initrd: &initrd, command_line: &command_line, rsdp };
+        let entry = boot::load(&memory, &source)?;
+        vcpus.first().context("--cpus: there must be one")?.set_entry(&entry)?;
+        Ok(Self { events, vcpus, bus: Arc::new(bus), agent, console, stop, _vm: vm, _memory: memory })
+    }
+
+    /// Run until something ends it; the answer is what, and the status of the `--exec` command.
+    fn run(mut self, timeout: Option<Duration>) -> anyhow::Result<(Outcome, Option<i32>)> {
+        if let Some(timeout) = timeout {
+            self.events.add_subscriber(Box::new(Timeout::new(timeout, self.stop.clone())?));
+        }
+        let vcpus = Vcpus::start(std::mem::take(&mut self.vcpus), &self.bus, &self.stop)?;
+        let outcome = loop {
+            self.events.run().context("event loop")?;
+            if let Some(outcome) = self.stop.outcome() {
+                break outcome.clone();
+            }
+        };
+        drop(vcpus);
+        self.console.flush();
+        // An oopsed guest may get as far as powering off.
+        let outcome = match (outcome, self.console.trouble()) {
+            (Outcome::PowerOff | Outcome::Reset, Some(line)) => Outcome::GuestPanic(line),
+            (outcome, _) => outcome,
+        };
+        Ok((outcome, self.agent.exec_status()))
+    }
+}
+
+/// The devices at fixed ports.
+fn add_legacy_devices(
+    config: &VmConfig,
+    vm: &VmFd,
+    bus: &mut Bus,
+    events: &mut EventLoop,
+    console: &Arc<Console>,
+    agent: &Arc<AgentPort>,
+    stop: &Arc<Stop>,
+) -> anyhow::Result<()> {
+    let serial = Arc::new(SerialPort::new(IrqLine::new(vm, layout::SERIAL_GSI)?, console.clone())?);
+    let rtc = Arc::new(Rtc::new(IrqLine::new(vm, layout::RTC_GSI)?)?);
+    bus.add_ports(layout::SERIAL_PORT, 8, serial.clone())?;
+    bus.add_ports(layout::RTC_PORT, 2, rtc.clone())?;
+    bus.add_ports(layout::I8042_COMMAND_PORT, 1, Arc::new(I8042::new(stop.clone())))?;
+    bus.add_ports(layout::PVPANIC_PORT, 1, Arc::new(Pvpanic::new(stop.clone())))?;
+    bus.add_ports(layout::PM1A_EVENT_PORT, AcpiPm::PORTS, Arc::new(AcpiPm::new(stop.clone())))?;
+    bus.add_ports(layout::AGENT_PORT, 1, agent.clone())?;
+    events.add_subscriber(Box::new(ConsoleTimers::new(console.clone())));
+    events.add_subscriber(Box::new(RtcAlarm::new(rtc)));
+    // A command needs no typing, and a console in a file shows no prompt.
+    if config.exec.is_none() && config.console.is_none() {
+        events.add_subscriber(Box::new(SerialInput::new(serial, stop.clone())?));
+    }
+    Ok(())
+}
+
+/// Where every function sits.
+fn plan_pci(config: &VmConfig) -> anyhow::Result<(Vec<HostBridge>, Vec<Seat>)> {
+    let wishes: Vec<Wish> = config.nics.iter().map(|nic| Wish { node: nic.node, slot: nic.slot }).collect();
+    Ok(plan::plan(&wishes, &layout::MMIO32, &layout::mmio64(config.memory))?)
+}
+
+/// The CPUs, which see themselves where the topology puts them.
+fn create_vcpus(config: &VmConfig, kvm: &Kvm, vm: &VmFd) -> anyhow::Result<Vec<Vcpu>> {
+    let most = kvm.get_max_vcpus();
+    let cpus = config.topology.cpus;
+    ensure!(cpus as usize <= most, "--cpus: this machine's KVM allows {most} CPUs, not {cpus}");
+    let supported = kvm.get_supported_cpuid(KVM_MAX_CPUID_ENTRIES).context("KVM_GET_SUPPORTED_CPUID")?;
+    let vcpu = |index| {
+        let cpuid = topology::cpuid(&supported, &config.topology, index);
+        Vcpu::new(vm, index, topology::apic_id(&config.topology, index), &cpuid)
+    };
+    (0..cpus).map(vcpu).collect()
+}
+
+/// The user's initramfs, or one made of the kernel's modules and the agent.
+fn initrd(config: &VmConfig) -> anyhow::Result<Vec<u8>> {
+    match &config.initrd {
+        Some(path) => std::fs::read(path).with_context(|| format!("--initrd: {}", path.display())),
+        None => initramfs::build(config),
+    }
+}
+
+/// What every guest needs on its command line, and what the user adds.
+///
+/// Only the console. All that Linux would otherwise find out by trying (timer frequencies, the keyboard controller)
+/// is told by CPUID and ACPI.
+fn command_line(config: &VmConfig) -> String {
+    ["console=ttyS0", &config.append].join(" ").trim_end().to_owned()
+}
+
+/// `--console` as it stands over resets.
+fn open_console(config: &VmConfig) -> anyhow::Result<Option<File>> {
+    let create =
+        |path: &PathBuf| File::create(path).with_context(|| format!("--console: {}", path.display()));
+    config.console.as_ref().map(create).transpose()
+}
+
+/// With `--exec`, standard output is for the command's own.
+fn console_output(config: &VmConfig, file: Option<&File>) -> anyhow::Result<Box<dyn Write + Send>> {
+    Ok(match file {
+        Some(file) => Box::new(file.try_clone().context("--console")?),
+        None if config.exec.is_some() => Box::new(std::io::stderr()),
+        None => Box::new(std::io::stdout()),
+    })
 }

@@ -1,0 +1,129 @@
+//! What the main thread waits for while the CPUs run: the end of the run, and the outer reasons for it.
+
+use std::fs::File;
+use std::io::Read;
+use std::os::fd::FromRawFd;
+use std::sync::Arc;
+use std::time::Duration;
+
+use anyhow::Context;
+use event_manager::{EventOps, Events, MutEventSubscriber};
+use vmm_sys_util::epoll::EventSet;
+use vmm_sys_util::signal::{block_signal, create_sigset};
+use vmm_sys_util::timerfd::TimerFd;
+
+use crate::stop::{Outcome, Stop};
+
+/// An event loop of subscribers of any kind.
+pub type EventLoop = event_manager::EventManager<Box<dyn MutEventSubscriber>>;
+
+/// Ends a wait once [`Stop`] has an outcome.
+pub struct StopListener(pub Arc<Stop>);
+
+impl MutEventSubscriber for StopListener {
+    fn init(&mut self, ops: &mut EventOps<'_>) {
+        watch(ops, self.0.event());
+    }
+
+    fn process(&mut self, _: Events, _: &mut EventOps<'_>) {}
+}
+
+/// `--timeout`.
+pub struct Timeout {
+    timer: TimerFd,
+    stop: Arc<Stop>,
+}
+
+impl Timeout {
+    /// Stop the run `after` now.
+    ///
+    /// # Errors
+    /// The host has no timer left.
+    pub fn new(after: Duration, stop: Arc<Stop>) -> anyhow::Result<Self> {
+        let mut timer = TimerFd::new().context("no timer descriptor")?;
+        // A timer of zero would never expire.
+        timer.reset(after.max(Duration::from_nanos(1)), None).context("can't set a timer")?;
+        Ok(Self { timer, stop })
+    }
+}
+
+impl MutEventSubscriber for Timeout {
+    fn init(&mut self, ops: &mut EventOps<'_>) {
+        watch(ops, &self.timer);
+    }
+
+    fn process(&mut self, _: Events, _: &mut EventOps<'_>) {
+        self.stop.request(Outcome::TimedOut);
+    }
+}
+
+/// Signals that ask this process to end, so that it ends in order and leaves the terminal as it was.
+pub struct Signals {
+    received: File,
+    stop: Arc<Stop>,
+}
+
+impl Signals {
+    const ENDING: [libc::c_int; 3] = [libc::SIGINT, libc::SIGTERM, libc::SIGHUP];
+
+    /// Take the signals over from their default, for this thread and those it starts from now on.
+    ///
+    /// # Errors
+    /// The host has no descriptor left.
+    pub fn new(stop: Arc<Stop>) -> anyhow::Result<Self> {
+        for signal in Self::ENDING {
+            match block_signal(signal) {
+                Ok(()) | Err(vmm_sys_util::signal::Error::SignalAlreadyBlocked(_)) => {}
+                Err(error) => anyhow::bail!("can't block signal {signal}: {error}"),
+            }
+        }
+        let signals = create_sigset(&Self::ENDING).context("no set of signals")?;
+        // SAFETY: `signals` is initialised, and -1 asks for a new descriptor.
+        let descriptor = unsafe { libc::signalfd(-1, &signals, libc::SFD_CLOEXEC | libc::SFD_NONBLOCK) };
+        if descriptor < 0 {
+            return Err(std::io::Error::last_os_error()).context("no signal descriptor");
+        }
+        // SAFETY: the descriptor was just made and nobody else has it.
+        let received = unsafe { File::from_raw_fd(descriptor) };
+        Ok(Self { received, stop })
+    }
+}
+
+impl MutEventSubscriber for Signals {
+    fn init(&mut self, ops: &mut EventOps<'_>) {
+        watch(ops, &self.received);
+    }
+
+    fn process(&mut self, _: Events, _: &mut EventOps<'_>) {
+        let mut info = [0; size_of::<libc::signalfd_siginfo>()];
+        if self.received.read(&mut info).is_ok() {
+            let [signal, ..] = info;
+            self.stop.request(Outcome::HostError(format!("ended by signal {signal}")));
+        }
+    }
+}
+
+fn watch(ops: &mut EventOps<'_>, source: &impl std::os::fd::AsRawFd) {
+    if let Err(error) = ops.add(Events::new(source, EventSet::IN)) {
+        log::error!("event loop: {error}");
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use event_manager::SubscriberOps;
+
+    use super::*;
+
+    #[test]
+    fn a_timeout_ends_the_wait() {
+        let stop = Stop::new().unwrap();
+        let mut events = EventLoop::new().unwrap();
+        events.add_subscriber(Box::new(StopListener(stop.clone())));
+        events.add_subscriber(Box::new(Timeout::new(Duration::ZERO, stop.clone()).unwrap()));
+        while stop.outcome().is_none() {
+            assert!(events.run_with_timeout(5000).unwrap() > 0);
+        }
+        assert_eq!(stop.outcome(), Some(&Outcome::TimedOut));
+    }
+}

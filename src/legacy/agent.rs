@@ -1,0 +1,122 @@
+//! The channel from the guest's agent: a port that takes frames by string output, many bytes an exit.
+//!
+//! A frame is a kind byte, a little-endian 16-bit length, and the payload: `O` and `E` are standard output and error
+//! of the `--exec` command, `L` is a line of the agent's log, `S` is the command's exit status as decimal text.
+
+use std::io::Write;
+use std::sync::{Mutex, MutexGuard, PoisonError};
+
+use vm_device::DevicePio;
+use vm_device::bus::{PioAddress, PioAddressOffset};
+
+use crate::layout::AGENT_PORT;
+use crate::warn_limited;
+
+const HEADER: usize = 3;
+
+/// One port, [`AGENT_PORT`]; reads answer its own number, which says that somebody listens.
+#[derive(Default)]
+pub struct AgentPort {
+    state: Mutex<State>,
+}
+
+#[derive(Default)]
+struct State {
+    /// The frame that is being received, header included.
+    frame: Vec<u8>,
+    exec_status: Option<i32>,
+}
+
+impl AgentPort {
+    fn state(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The `--exec` command's exit status, once it has ended.
+    pub fn exec_status(&self) -> Option<i32> {
+        self.state().exec_status
+    }
+}
+
+impl DevicePio for AgentPort {
+    fn pio_read(&self, _: PioAddress, _: PioAddressOffset, data: &mut [u8]) {
+        data.fill(AGENT_PORT as u8);
+    }
+
+    fn pio_write(&self, _: PioAddress, _: PioAddressOffset, data: &[u8]) {
+        let mut state = self.state();
+        for byte in data {
+            state.frame.push(*byte);
+            if let Some((kind, length)) = header(&state.frame)
+                && state.frame.len() == HEADER + usize::from(length)
+            {
+                let frame = std::mem::take(&mut state.frame);
+                state.receive(kind, frame.get(HEADER..).unwrap_or_default());
+            }
+        }
+    }
+}
+
+fn header(frame: &[u8]) -> Option<(u8, u16)> {
+    match *frame {
+        [kind, low, high, ..] => Some((kind, u16::from_le_bytes([low, high]))),
+        _ => None,
+    }
+}
+
+impl State {
+    fn receive(&mut self, kind: u8, payload: &[u8]) {
+        match kind {
+            b'O' => forward("standard output", std::io::stdout(), payload),
+            b'E' => forward("standard error", std::io::stderr(), payload),
+            b'L' => log::info!("agent: {}", String::from_utf8_lossy(payload)),
+            b'S' => match std::str::from_utf8(payload).ok().and_then(|text| text.parse().ok()) {
+                Some(status) => self.exec_status = Some(status),
+                None => warn_limited!("agent: {payload:?} is no exit status"),
+            },
+            _ => warn_limited!("agent: frame of unknown kind {kind:#x}"),
+        }
+    }
+}
+
+fn forward(name: &str, mut to: impl Write, payload: &[u8]) {
+    if let Err(error) = to.write_all(payload).and_then(|()| to.flush()) {
+        warn_limited!("agent: {name}: {error}");
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn write(port: &AgentPort, data: &[u8]) {
+        port.pio_write(PioAddress(AGENT_PORT), 0, data);
+    }
+
+    #[test]
+    fn frames_may_come_in_any_pieces() {
+        let port = AgentPort::default();
+        write(&port, b"L\x02\x00{}S");
+        assert_eq!(port.exec_status(), None);
+        write(&port, b"\x02\x001");
+        write(&port, b"");
+        write(&port, b"7");
+        assert_eq!(port.exec_status(), Some(17));
+    }
+
+    #[test]
+    fn nonsense_does_no_harm() {
+        let port = AgentPort::default();
+        write(&port, b"S\x01\x00x?\x00\x00S\x00\x00");
+        assert_eq!(port.exec_status(), None);
+        write(&port, b"S\x01\x000");
+        assert_eq!(port.exec_status(), Some(0));
+    }
+
+    #[test]
+    fn reads_tell_that_somebody_listens() {
+        let mut data = [0; 2];
+        AgentPort::default().pio_read(PioAddress(AGENT_PORT), 0, &mut data);
+        assert_eq!(data, [0xe9; 2]);
+    }
+}
