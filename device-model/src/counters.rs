@@ -132,12 +132,26 @@ counters! {
         tx_bcast_pkts,
         /// Broadcast bytes sent.
         tx_bcast_bytes,
+        /// Frames not sent because the function must not send.
+        tx_err_gf_disabled,
+        /// Frames not sent because of the VLAN tag to insert.
+        tx_err_vlan_enforcement,
+        /// Frames not sent because of their EtherType.
+        tx_err_ethtype_enforcement,
+        /// Frames not sent because of their source address.
+        tx_err_sa_enforcement,
+        /// Frames not sent because their headers did not fit the offloads asked for.
+        tx_err_header,
         /// WQEs that could not be read or whose buffers are not guest memory.
         tx_err_gdma,
         /// Frames that the port had no room for.
         tx_port_dropped,
         /// Frames for the guest too long for their receive buffer.
         rx_truncated,
+        /// Frames for the guest shorter than an Ethernet header.
+        rx_runts,
+        /// Receive WQEs that could not be read or whose buffers are not guest memory.
+        rx_err_gdma,
     }
 }
 

@@ -3,7 +3,11 @@
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use vm_memory::{Bytes, GuestAddress, GuestAddressSpace, GuestMemoryLoadGuard, GuestMemoryMmap};
+use arrayvec::ArrayVec;
+use vm_memory::{
+    Bytes, GuestAddress, GuestAddressSpace, GuestMemoryBackend, GuestMemoryLoadGuard, GuestMemoryMmap,
+    VolatileSlice,
+};
 
 use crate::doors::Memory;
 
@@ -52,6 +56,23 @@ pub fn read(memory: &GuestMemoryMmap, address: u64, data: &mut [u8]) -> Result<(
 /// [`DmaError`] if any byte is outside guest memory; bytes before it may have been written.
 pub fn write(memory: &GuestMemoryMmap, address: u64, data: &[u8]) -> Result<(), DmaError> {
     memory.write_slice(data, GuestAddress(address)).map_err(|_| DmaError { address, len: data.len() })
+}
+
+/// Append the memory at bus address `address` to `slices`: one piece unless it straddles regions of guest memory.
+///
+/// # Errors
+/// [`DmaError`] if any byte is outside guest memory, or there are more pieces than `slices` has room for.
+#[inline]
+pub fn slices<'m, const N: usize>(
+    memory: &'m GuestMemoryMmap,
+    address: u64,
+    len: usize,
+    slices: &mut ArrayVec<VolatileSlice<'m>, N>,
+) -> Result<(), DmaError> {
+    for slice in memory.get_slices(GuestAddress(address), len) {
+        slice.ok().and_then(|slice| slices.try_push(slice).ok()).ok_or(DmaError { address, len })?;
+    }
+    Ok(())
 }
 
 /// Store the last word of a queue entry, after everything written before it has become visible.

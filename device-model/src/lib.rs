@@ -17,11 +17,14 @@ mod queues;
 mod region;
 mod ring;
 mod rules;
+mod rx;
 pub mod segment;
 pub mod steer;
 mod sync;
 #[cfg(test)]
 mod testing;
+mod tx;
+mod vport;
 pub mod wire;
 
 pub use config::ConfigError;

@@ -6,7 +6,7 @@
 
 use crate::checksum::{Sum, pseudo_header};
 use crate::doors::PartialChecksum;
-use crate::packet::{Headers, IPV4_HEADER, Ip, IpVersion, Protocol, Transport, VLAN_TAG, parse_ip};
+use crate::packet::{Headers, IPV4_HEADER, Ip, IpVersion, Protocol, Transport, parse_ip};
 use crate::wire::rx::RxMeta;
 use crate::wire::tx::TxOob;
 
@@ -25,20 +25,19 @@ pub struct TxChecksums {
 }
 
 impl TxChecksums {
-    /// Where the headers are that `oob` asks checksums for. `frame` is the frame or its first bytes; `tagged`
-    /// says that a VLAN tag has been inserted, of which the offsets in `oob` know nothing.
+    /// Where the headers are that `oob` asks checksums for. `frame` is the frame or its first bytes, as the driver
+    /// has laid it out: a VLAN tag that the card inserts is not in it.
     ///
     /// # Errors
     /// [`HeaderError`] if they are not there.
-    pub fn locate(oob: &TxOob, frame: &[u8], tagged: bool) -> Result<Self, HeaderError> {
-        let shift = if tagged { VLAN_TAG } else { 0 };
+    pub fn locate(oob: &TxOob, frame: &[u8]) -> Result<Self, HeaderError> {
         let ip = if oob.compute_ip_checksum() || oob.compute_udp_checksum() {
-            Some(ip_header(oob, frame, shift).ok_or(HeaderError)?)
+            Some(ip_header(oob, frame).ok_or(HeaderError)?)
         } else {
             None
         };
         let transport = if oob.compute_tcp_checksum() {
-            let offset = usize::from(oob.transport_offset()) + shift;
+            let offset = usize::from(oob.transport_offset());
             Some(Transport { protocol: Protocol::Tcp, offset })
         } else if oob.compute_udp_checksum() {
             let found = ip.and_then(|ip| ip.transport).filter(|found| found.protocol == Protocol::Udp);
@@ -75,9 +74,9 @@ impl TxChecksums {
 }
 
 /// The IP header that `oob` is about, of the version that it says.
-fn ip_header(oob: &TxOob, frame: &[u8], shift: usize) -> Option<Ip> {
+fn ip_header(oob: &TxOob, frame: &[u8]) -> Option<Ip> {
     let (ip, v4, v6) = if oob.is_encapsulated() {
-        let inner = parse_ip(frame, usize::from(oob.inner_ip_offset()) + shift)?;
+        let inner = parse_ip(frame, usize::from(oob.inner_ip_offset()))?;
         (inner, !oob.inner_is_ipv6(), oob.inner_is_ipv6())
     } else {
         (Headers::parse(frame).ip?, oob.is_outer_ipv4(), oob.is_outer_ipv6())
@@ -212,7 +211,7 @@ mod tests {
         fn completes_what_etherparse_computes((right, oob) in frames()) {
             let mut frame = right.clone();
             make_partial(&mut frame);
-            let checksums = TxChecksums::locate(&oob, &frame, false).unwrap();
+            let checksums = TxChecksums::locate(&oob, &frame).unwrap();
             checksums.fill(&mut frame).unwrap();
             prop_assert_eq!(frame, right);
         }
@@ -238,7 +237,7 @@ mod tests {
             }
             bytes[0] &= !2;
             let oob = TxOob::parse(&bytes).unwrap();
-            if let Ok(checksums) = TxChecksums::locate(&oob, &frame, true) {
+            if let Ok(checksums) = TxChecksums::locate(&oob, &frame) {
                 let _ = checksums.fill(&mut frame);
             }
             let _ = verify(&frame, &Headers::parse(&frame), false, RxMeta::default());
@@ -252,22 +251,9 @@ mod tests {
         frame[42..44].copy_from_slice(&checksum.to_be_bytes());
         make_partial(&mut frame);
         let oob = oob().ipv4().udp().build();
-        TxChecksums::locate(&oob, &frame, false).unwrap().fill(&mut frame).unwrap();
+        TxChecksums::locate(&oob, &frame).unwrap().fill(&mut frame).unwrap();
         assert_eq!(be16(&frame, 40), Some(0xffff));
         assert!(verify(&frame, &Headers::parse(&frame), false, RxMeta::default()).checksums_ok());
-    }
-
-    #[test]
-    fn inserted_tag_moves_the_headers() {
-        let right = tcp4(b"hello");
-        let mut frame = right.clone();
-        make_partial(&mut frame);
-        frame.splice(12..12, [0x81, 0, 0, 5]);
-        let checksums = TxChecksums::locate(&oob().ipv4().tcp(34).build(), &frame, true).unwrap();
-        assert_eq!(checksums.partial(), Some(PartialChecksum { start: 38, offset: 16 }));
-        checksums.fill(&mut frame).unwrap();
-        frame.drain(12..16);
-        assert_eq!(frame, right);
     }
 
     #[test]
@@ -275,7 +261,7 @@ mod tests {
         let right = udp4(b"x");
         let mut frame = right.clone();
         frame[24..26].copy_from_slice(&[0xde, 0xad]);
-        let checksums = TxChecksums::locate(&oob().ipv4().ip_checksum().build(), &frame, false).unwrap();
+        let checksums = TxChecksums::locate(&oob().ipv4().ip_checksum().build(), &frame).unwrap();
         checksums.fill(&mut frame).unwrap();
         assert_eq!(frame, right);
     }
@@ -288,14 +274,14 @@ mod tests {
         let mut frame = udp4(&[&[0; 8], &inner[..]].concat()); // VXLAN-like: 8 bytes, then a frame
         let at = frame.len() - inner.len();
         let oob = oob().ipv4().encapsulated_ipv6(at as u32 + 14).udp().build();
-        TxChecksums::locate(&oob, &frame, false).unwrap().fill(&mut frame).unwrap();
+        TxChecksums::locate(&oob, &frame).unwrap().fill(&mut frame).unwrap();
         assert_eq!(frame[at..], inner_right);
     }
 
     #[test]
     fn headers_that_are_not_there_are_errors() {
         let frame = tcp4(b"hello");
-        let locate = |oob: TxOob| TxChecksums::locate(&oob, &frame, false);
+        let locate = |oob: TxOob| TxChecksums::locate(&oob, &frame);
         assert_eq!(locate(oob().ipv4().udp().build()), Err(HeaderError), "TCP, not UDP");
         assert_eq!(locate(oob().ipv6().ip_checksum().build()), Err(HeaderError), "IPv4, not IPv6");
         let beyond = locate(oob().ipv4().tcp(1000).build()).unwrap();

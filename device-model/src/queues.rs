@@ -121,6 +121,17 @@ pub struct WqObject {
     pub vport: usize,
     /// Memory key that its scatter/gather entries must carry.
     pub mem_key: u32,
+    /// A WQE made no sense, so that the next can't be told: nothing more is taken from the ring.
+    pub stopped: bool,
+    /// Where frames are put together whose bytes change on the way out. Grows to the largest, then stays.
+    pub scratch: Vec<u8>,
+}
+
+impl WqObject {
+    /// A queue that has consumed nothing yet.
+    pub fn new(id: u32, ring: WorkQueue, cq: u32, vport: usize, mem_key: u32) -> Self {
+        Self { id, ring, cq, vport, mem_key, stopped: false, scratch: Vec::new() }
+    }
 }
 
 /// How many ids of each kind there are, the hardware channel's included.

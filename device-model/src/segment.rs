@@ -5,8 +5,9 @@
 //! repeated in each segment; lengths, identification, sequence number, flags and checksums are its own.
 
 use crate::checksum::{Sum, pseudo_header};
+use crate::doors::PartialChecksum;
 use crate::offload::{HeaderError, fill_ip, store_be16};
-use crate::packet::{Headers, Ip, IpVersion, Protocol, TCP_HEADER, be16};
+use crate::packet::{Headers, IPV6_HEADER, Ip, IpVersion, Protocol, TCP_HEADER, be16};
 
 const FIN: u8 = 0x01;
 const PSH: u8 = 0x08;
@@ -53,11 +54,16 @@ impl<'a> Template<'a> {
     pub fn tcp_offset(&self) -> usize {
         self.tcp
     }
+    /// The checksum that a port that segments is to make in each segment.
+    pub fn partial(&self) -> Option<PartialChecksum> {
+        let start = u16::try_from(self.tcp).ok()?;
+        Some(PartialChecksum { start, offset: Protocol::Tcp.checksum_offset() as u16 })
+    }
     /// Longest super-frame whose length the IP header can say.
     pub fn max_len(&self) -> usize {
         let start = match self.ip.version {
             IpVersion::V4 => self.ip.offset,
-            IpVersion::V6 => self.ip.offset + crate::packet::IPV6_HEADER,
+            IpVersion::V6 => self.ip.offset + IPV6_HEADER,
         };
         start + usize::from(u16::MAX)
     }
@@ -82,9 +88,9 @@ impl<'a> Template<'a> {
     ///
     /// # Errors
     /// [`HeaderError`] if `segment` is too short or too long.
-    pub fn complete(&self, segment: &mut [u8], index: u16, at: u32, last: bool) -> Result<(), HeaderError> {
+    pub fn complete(&self, segment: &mut [u8], index: u32, at: u32, last: bool) -> Result<(), HeaderError> {
         let payload = segment.len().checked_sub(self.header.len()).ok_or(HeaderError)?;
-        self.copy_with_lengths(payload, self.identification.wrapping_add(index), segment)?;
+        self.copy_with_lengths(payload, self.identification.wrapping_add(index as u16), segment)?;
         let tcp = segment.get_mut(self.tcp..).ok_or(HeaderError)?;
         let [_, _, _, _, sequence @ .., _, _, _, _, _, flags] =
             tcp.first_chunk_mut::<{ FLAGS + 1 }>().ok_or(HeaderError)?;
@@ -115,7 +121,7 @@ impl<'a> Template<'a> {
                 fill_ip(header, &self.ip)?;
             }
             IpVersion::V6 => {
-                let len = len - crate::packet::IPV6_HEADER;
+                let len = len - IPV6_HEADER;
                 store_be16(header, self.ip.offset + 4, u16::try_from(len).map_err(|_| HeaderError)?)?;
             }
         }
@@ -155,7 +161,7 @@ mod tests {
             .map(|index| {
                 let mut segment = [&vec![0; header.len()][..], chunks[index]].concat();
                 let last = index + 1 == chunks.len();
-                template.complete(&mut segment, index as u16, (index * mss) as u32, last).unwrap();
+                template.complete(&mut segment, index as u32, (index * mss) as u32, last).unwrap();
                 segment
             })
             .collect()

@@ -150,11 +150,13 @@ impl RxCompletion {
         }
     }
     /// Put `(len, hash)` of each packet where this completion's type wants it. What does not fit is left out.
-    pub fn set_packets(&mut self, packets: &[(u16, u32)]) {
+    #[inline]
+    pub fn set_packets(&mut self, packets: impl IntoIterator<Item = (u16, u32)>) {
+        let mut packets = packets.into_iter();
         if self.cqe_type() == RxType::Coalesced8 as u8 {
-            for (slot, pair) in self.packets.iter_mut().zip(packets.chunks(2)) {
-                let (len0, hash0) = pair.first().copied().unwrap_or_default();
-                let (len1, hash1) = pair.get(1).copied().unwrap_or_default();
+            for slot in &mut self.packets {
+                let (len0, hash0) = packets.next().unwrap_or_default();
+                let (len1, hash1) = packets.next().unwrap_or_default();
                 *slot = zerocopy::transmute!(PerPacketPair {
                     hash0: hash0.into(),
                     len0: len0.into(),
@@ -163,7 +165,7 @@ impl RxCompletion {
                 });
             }
         } else {
-            for (slot, &(len, hash)) in self.packets.iter_mut().zip(packets) {
+            for (slot, (len, hash)) in self.packets.iter_mut().zip(packets) {
                 let reserved = [U16::ZERO; 3];
                 *slot = zerocopy::transmute!(PerPacket { len: len.into(), reserved, hash: hash.into() });
             }
@@ -218,7 +220,7 @@ mod tests {
     #[test]
     fn one_packet_leaves_the_other_slots_zero() {
         let mut completion = RxCompletion::new(RxType::Okay, RxMeta::default(), 0x40);
-        completion.set_packets(&[(60, 0x1122_3344)]);
+        completion.set_packets([(60, 0x1122_3344)]);
         let bytes = completion.as_bytes();
         assert_eq!(bytes[0], 1 | 1 << 6);
         assert_eq!(bytes[8..20], [60, 0, 0, 0, 0, 0, 0, 0, 0x44, 0x33, 0x22, 0x11]);
@@ -230,7 +232,7 @@ mod tests {
     fn eight_packets_have_the_hash_first() {
         let packets: Vec<_> = (1..=5).map(|n| (n, u32::from(n) << 24)).collect();
         let mut completion = RxCompletion::new(RxType::Coalesced8, RxMeta::default(), 0);
-        completion.set_packets(&packets);
+        completion.set_packets(packets.iter().copied());
         let bytes = completion.as_bytes();
         assert_eq!(bytes[8..20], [0, 0, 0, 1, 1, 0, 2, 0, 0, 0, 0, 2]);
         assert_eq!(completion.packets().collect::<Vec<_>>(), packets);
@@ -240,7 +242,7 @@ mod tests {
     fn four_packets_read_back() {
         let packets = [(1, 2), (3, 4), (5, 6), (7, 8)];
         let mut completion = RxCompletion::new(RxType::Coalesced4, RxMeta::default(), 0);
-        completion.set_packets(&packets);
+        completion.set_packets(packets.iter().copied());
         assert_eq!(completion.packets().collect::<Vec<_>>(), packets);
     }
 }

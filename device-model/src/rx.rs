@@ -1,0 +1,479 @@
+//! Receive: frames from the cable become bytes in receive WQEs' buffers, and completions.
+//!
+//! A batch of frames is sorted by queue first, so that each queue is locked, filled and completed once. The
+//! steering is held for as long as a batch takes: once it has been changed or switched off, no frame goes by what
+//! it was.
+//!
+//! Source: `mana_process_rx_cqe` and `mana_cfg_vport_steering` (mana_en.c); the sheet's sections 7.5 and 8.4.
+
+use std::sync::{PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
+
+use arrayvec::ArrayVec;
+use vm_memory::GuestMemoryMmap;
+
+use crate::config::MAX_QUEUES_PER_VPORT;
+use crate::count;
+use crate::dma::{self, DmaError};
+use crate::doors::{RxChecksum, RxFrame};
+use crate::offload::verify;
+use crate::packet::{ETHERNET_HEADER, Headers, MAC_ADDRESSES, VLAN_TAG};
+use crate::queues::{Queues, WqObject};
+use crate::ring::{CompletionQueue, PostError, Wqe, WqeError};
+use crate::rules::Rule;
+use crate::steer::{HASH_KEY_SIZE, Hash, HashTypes, Steering, Toeplitz};
+use crate::vport::{Traffic, Vport};
+use crate::wire::queue::{Cqe, Sge};
+use crate::wire::rx::{MAX_COALESCED, RxCompletion, RxMeta, RxType};
+
+/// Frames that are sorted and delivered at once.
+const BATCH: usize = 64;
+/// Receive queues of a vPort.
+const MAX_QUEUES: usize = MAX_QUEUES_PER_VPORT as usize;
+/// Id of no receive queue.
+const NO_QUEUE: u32 = u32::MAX;
+
+/// Packets that one completion may announce.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Coalescing {
+    /// One.
+    #[default]
+    Off,
+    /// Up to four (`cqe_coalescing_enable`).
+    Four,
+    /// Up to eight (`cqe8_coalescing_enable`, where QUERY_DEV_CONFIG offered it).
+    Eight,
+}
+
+impl Coalescing {
+    const fn packets(self) -> usize {
+        match self {
+            Self::Off => 1,
+            Self::Four => 4,
+            Self::Eight => MAX_COALESCED,
+        }
+    }
+}
+
+/// What MANA_CONFIG_VPORT_RX changes; `None` leaves a thing as it is. Queues are named by RQ id.
+#[derive(Clone, Debug, Default)]
+pub struct RxUpdate {
+    /// Deliver at all.
+    pub enable: Option<bool>,
+    /// Spread by hash.
+    pub rss: Option<bool>,
+    /// Where packets go that are not hashed.
+    pub default_rq: Option<u32>,
+    /// Toeplitz key.
+    pub key: Option<[u8; HASH_KEY_SIZE]>,
+    /// Header fields to hash.
+    pub hash_types: Option<HashTypes>,
+    /// Queues by hash.
+    pub table: Option<Vec<u32>>,
+    /// Packets per completion.
+    pub coalescing: Option<Coalescing>,
+}
+
+/// A configuration that can't be.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum RxConfigError {
+    /// The indirection table's size is not a power of two from 1 to 512.
+    #[error("an indirection table of {0} entries")]
+    TableSize(usize),
+    /// More queues than a vPort can have.
+    #[error("more than {MAX_QUEUES} receive queues")]
+    TooManyQueues,
+}
+
+/// Most entries of an indirection table (`MANA_INDIRECT_TABLE_MAX_SIZE`).
+const MAX_TABLE: usize = 512;
+
+/// The receive side of a vPort.
+#[derive(Default)]
+pub struct Receive {
+    state: RwLock<State>,
+}
+
+/// What the driver has configured. Steering names queues by their position in `queues`.
+#[derive(Default)]
+struct State {
+    enabled: bool,
+    coalescing: Coalescing,
+    steering: Steering<u8>,
+    queues: ArrayVec<u32, MAX_QUEUES>,
+}
+
+impl State {
+    /// The position of queue `id`, which is added if it is new.
+    fn position(queues: &mut ArrayVec<u32, MAX_QUEUES>, id: u32) -> Result<u8, RxConfigError> {
+        let position = match queues.iter().position(|&known| known == id) {
+            Some(position) => position,
+            None => {
+                queues.try_push(id).map_err(|_| RxConfigError::TooManyQueues)?;
+                queues.len() - 1
+            }
+        };
+        Ok(position as u8)
+    }
+    /// Name queues as `update` does, and the ones that it leaves alone as before.
+    fn set_queues(&mut self, update: &RxUpdate) -> Result<(), RxConfigError> {
+        let old = &self.queues;
+        let id = |position: &u8| old.get(usize::from(*position)).copied().unwrap_or(NO_QUEUE);
+        let default = update.default_rq.or_else(|| self.steering.default_queue.as_ref().map(id));
+        let kept = || self.steering.indirection.iter().map(id).collect();
+        let table = update.table.clone().unwrap_or_else(kept);
+        let mut queues = ArrayVec::new();
+        let default = default.map(|id| Self::position(&mut queues, id)).transpose()?;
+        let indirection =
+            table.iter().map(|&id| Self::position(&mut queues, id)).collect::<Result<_, _>>()?;
+        self.steering.default_queue = default;
+        self.steering.indirection = indirection;
+        self.queues = queues;
+        Ok(())
+    }
+}
+
+impl Receive {
+    fn read(&self) -> RwLockReadGuard<'_, State> {
+        self.state.read().unwrap_or_else(PoisonError::into_inner)
+    }
+    fn write(&self) -> RwLockWriteGuard<'_, State> {
+        self.state.write().unwrap_or_else(PoisonError::into_inner)
+    }
+    /// Change the configuration. When this returns no frame goes by the old one any more.
+    ///
+    /// # Errors
+    /// [`RxConfigError`]; nothing has changed then.
+    pub fn configure(&self, update: &RxUpdate) -> Result<(), RxConfigError> {
+        if let Some(table) = &update.table
+            && !(table.len().is_power_of_two() && table.len() <= MAX_TABLE)
+        {
+            return Err(RxConfigError::TableSize(table.len()));
+        }
+        let toeplitz = update.key.as_ref().map(Toeplitz::new);
+        let mut state = self.write();
+        if update.default_rq.is_some() || update.table.is_some() {
+            state.set_queues(update)?;
+        }
+        if let Some(toeplitz) = toeplitz {
+            state.steering.toeplitz = toeplitz;
+        }
+        state.enabled = update.enable.unwrap_or(state.enabled);
+        state.coalescing = update.coalescing.unwrap_or(state.coalescing);
+        state.steering.rss = update.rss.unwrap_or(state.steering.rss);
+        state.steering.hash_types = update.hash_types.unwrap_or(state.steering.hash_types);
+        Ok(())
+    }
+    /// Queue `id` is going away; should another get its id, no old configuration shall lead to it.
+    pub fn forget(&self, id: u32) {
+        let mut state = self.write();
+        state.queues.iter_mut().filter(|known| **known == id).for_each(|known| *known = NO_QUEUE);
+    }
+    /// Back to nothing configured.
+    pub fn reset(&self) {
+        *self.write() = State::default();
+    }
+    /// Wait until the batches that are under way have completed.
+    fn settle(&self) {
+        drop(self.write());
+    }
+}
+
+/// MANA_FENCE_RQ: a completion on queue `rq` of `vport`, after those of all packets steered so far. Without a free
+/// slot in the completion queue it is held until the driver has made one.
+///
+/// # Errors
+/// [`PostError`] if it is lost: too many are held, or the ring is not guest memory.
+pub fn fence(queues: &Queues, memory: &GuestMemoryMmap, vport: &Vport, rq: u32) -> Result<(), PostError> {
+    vport.receive.settle();
+    let queue = queues.rq(rq).and_then(|slot| slot.lock().as_ref().map(|wq| (wq.cq, wq.ring.head())));
+    let Some((cq, offset)) = queue else { return Ok(()) };
+    let completion = RxCompletion::new(RxType::Fence, RxMeta::default(), offset);
+    let data: [u8; Cqe::DATA] = zerocopy::transmute!(completion);
+    queues.complete(memory, cq, |cq| cq.post_or_hold(memory, &data, rq, false)).unwrap_or(Ok(()))
+}
+
+/// Frames from the cable of `vport`. The answer is how many were delivered.
+pub fn deliver(queues: &Queues, vport: &Vport, frames: &[RxFrame<'_>]) -> usize {
+    frames.chunks(BATCH).map(|batch| deliver_batch(queues, vport, batch)).sum()
+}
+
+fn deliver_batch(queues: &Queues, vport: &Vport, frames: &[RxFrame<'_>]) -> usize {
+    let state = vport.receive.read();
+    if !state.enabled {
+        vport.counters.rx_err_vport_disabled.add(frames.len() as u64);
+        return 0;
+    }
+    let Some(memory) = queues.core().dma.map() else {
+        vport.counters.rx_discards_nowqe.add(frames.len() as u64);
+        return 0;
+    };
+    let mut sorted = Sorted::new(&state, vport, frames);
+    let mut delivery = Delivery {
+        queues,
+        vport,
+        memory: &memory,
+        coalescing: state.coalescing,
+        traffic: Traffic::default(),
+        delivered: 0,
+    };
+    while let Some((position, members)) = sorted.next_queue() {
+        let rq = state.queues.get(position).copied().unwrap_or(NO_QUEUE);
+        delivery.fill(rq, members, &sorted.packets, frames);
+    }
+    delivery.traffic.add_received(&vport.counters);
+    delivery.delivered
+}
+
+/// What steering found out about a frame.
+#[derive(Clone, Copy, Default)]
+struct Packet {
+    meta: RxMeta,
+    hash: u32,
+    tagged: bool,
+}
+
+/// A batch of frames, as a list for each queue.
+struct Sorted {
+    packets: ArrayVec<Packet, BATCH>,
+    /// Members of each queue, a bit a frame.
+    members: [u64; MAX_QUEUES],
+    /// Queues that have members.
+    used: u64,
+}
+const _: () = assert!(BATCH <= 64 && MAX_QUEUES <= 64);
+
+impl Sorted {
+    fn new(state: &State, vport: &Vport, frames: &[RxFrame<'_>]) -> Self {
+        let mut sorted = Self { packets: ArrayVec::new(), members: [0; MAX_QUEUES], used: 0 };
+        for (at, frame) in frames.iter().enumerate() {
+            if frame.bytes.len() < ETHERNET_HEADER {
+                vport.counters.rx_runts.bump();
+                sorted.packets.push(Packet::default());
+                continue;
+            }
+            let headers = Headers::parse(frame.bytes);
+            let hash = state.steering.hash(frame.bytes, &headers);
+            sorted.packets.push(describe(frame, &headers, hash));
+            let position = state.steering.queue(hash).map_or(usize::MAX, usize::from);
+            match sorted.members.get_mut(position) {
+                Some(members) => {
+                    *members |= 1 << at;
+                    sorted.used |= 1 << position;
+                }
+                None => {
+                    vport.counters.rx_discards_nowqe.bump();
+                }
+            }
+        }
+        sorted
+    }
+    /// The next queue's position and members.
+    fn next_queue(&mut self) -> Option<(usize, u64)> {
+        let position = self.used.trailing_zeros() as usize;
+        self.used &= self.used.wrapping_sub(1);
+        self.members.get(position).map(|&members| (position, members))
+    }
+}
+
+/// The numbers of the bits that are set.
+fn bits(mut set: u64) -> impl Iterator<Item = usize> {
+    std::iter::from_fn(move || {
+        let bit = set.trailing_zeros();
+        set &= set.wrapping_sub(1);
+        (bit < u64::BITS).then_some(bit as usize)
+    })
+}
+
+#[inline]
+fn describe(frame: &RxFrame<'_>, headers: &Headers, hash: Hash) -> Packet {
+    let meta = RxMeta::default().with_hash_type(hash.hash_type);
+    let meta = verify(frame.bytes, headers, frame.checksum == RxChecksum::Valid, meta);
+    let meta = headers.vlan.map_or(meta, |tci| meta.with_vlan(tci));
+    Packet { meta, hash: hash.value, tagged: headers.vlan.is_some() }
+}
+
+/// A frame that lies in its WQE's buffers.
+#[derive(Clone, Copy)]
+struct Filled {
+    kind: RxType,
+    packet: Packet,
+    len: u16,
+    wqe_offset: u32,
+}
+
+/// Why a receive queue can't go on.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+enum Broken {
+    #[error(transparent)]
+    Wqe(#[from] WqeError),
+    #[error("memory key {0:#x}")]
+    MemoryKey(u32),
+    #[error(transparent)]
+    Dma(#[from] DmaError),
+}
+
+impl Broken {
+    fn rule(self) -> Rule {
+        match self {
+            Self::Wqe(WqeError::Tail { .. }) => Rule::DoorbellTail,
+            Self::MemoryKey(_) => Rule::MemoryKey,
+            Self::Wqe(_) | Self::Dma(_) => Rule::WqeShape,
+        }
+    }
+}
+
+/// The delivery of one batch.
+struct Delivery<'a> {
+    queues: &'a Queues,
+    vport: &'a Vport,
+    memory: &'a GuestMemoryMmap,
+    coalescing: Coalescing,
+    traffic: Traffic,
+    delivered: usize,
+}
+
+impl Delivery<'_> {
+    /// Deliver the frames in `members` to queue `rq`.
+    fn fill(&mut self, rq: u32, members: u64, packets: &[Packet], frames: &[RxFrame<'_>]) {
+        let wanted = members.count_ones() as usize;
+        let Some((cq, filled)) = self.fill_locked(rq, members, packets, frames) else {
+            self.vport.counters.rx_discards_nowqe.add(wanted as u64);
+            return;
+        };
+        let missing = wanted - filled.len();
+        if missing > 0 {
+            self.vport.counters.rx_discards_nowqe.add(missing as u64);
+        }
+        let lost = self.queues.complete(self.memory, cq, |cq| self.post(cq, rq, &filled));
+        if let Some(lost @ 1..) = lost {
+            self.queues.core().counters.completions_lost.add(lost as u64);
+        }
+    }
+    /// Fill buffers while there are WQEs and room for their completions. `None` if there is no such queue.
+    fn fill_locked(
+        &mut self,
+        rq: u32,
+        members: u64,
+        packets: &[Packet],
+        frames: &[RxFrame<'_>],
+    ) -> Option<(u32, ArrayVec<Filled, BATCH>)> {
+        let slot = self.queues.rq(rq)?;
+        let tail = slot.tail();
+        let mut queue = slot.lock();
+        let wq = queue.as_mut().filter(|wq| wq.vport == self.vport.index && !wq.stopped)?;
+        let room = self.queues.cq(wq.cq)?.lock().as_ref()?.room() as usize;
+        let mut filled = ArrayVec::new();
+        let mut wqe = Wqe::default();
+        for at in bits(members).take(room) {
+            let (Some(frame), Some(&packet)) = (frames.get(at), packets.get(at)) else { break };
+            match self.fill_one(wq, tail, &mut wqe, frame, packet) {
+                Ok(Some(one)) => filled.push(one),
+                Ok(None) => break,
+                Err(why) => {
+                    wq.stopped = true;
+                    self.broken(rq, why);
+                    break;
+                }
+            }
+        }
+        Some((wq.cq, filled))
+    }
+    /// Write a frame into the next WQE's buffers; `None` if there is no WQE.
+    #[inline]
+    fn fill_one(
+        &mut self,
+        wq: &mut WqObject,
+        tail: u32,
+        wqe: &mut Wqe,
+        frame: &RxFrame<'_>,
+        packet: Packet,
+    ) -> Result<Option<Filled>, Broken> {
+        let wqe_offset = wq.ring.head();
+        if !wq.ring.fetch(self.memory, tail, wqe)? {
+            return Ok(None);
+        }
+        let (head, body) = if packet.tagged {
+            let (head, rest) = frame.bytes.split_at(MAC_ADDRESSES);
+            (head, rest.get(VLAN_TAG..).unwrap_or_default())
+        } else {
+            (frame.bytes, &[][..])
+        };
+        let len = head.len() + body.len();
+        let written = scatter(self.memory, wqe.sgl(), wq.mem_key, head, body)?;
+        wq.ring.advance(wqe);
+        let kind = if written < len {
+            self.vport.counters.rx_truncated.bump();
+            RxType::Truncated
+        } else {
+            self.delivered += 1;
+            self.traffic.count(frame.bytes.first_chunk().copied().unwrap_or_default(), len);
+            RxType::Okay
+        };
+        let len = u16::try_from(written).unwrap_or(u16::MAX);
+        Ok(Some(Filled { kind, packet, len, wqe_offset }))
+    }
+    /// Post the completions of `filled`, several packets in one where the driver wants that and what the
+    /// completion says of them is the same. The answer is how many were lost.
+    fn post(&self, cq: &mut CompletionQueue, rq: u32, filled: &[Filled]) -> usize {
+        let mut lost = 0;
+        let mut rest = filled;
+        while let Some(first) = rest.first() {
+            let same = |other: &&Filled| other.kind == RxType::Okay && other.packet.meta == first.packet.meta;
+            let run = rest.iter().take(self.coalescing.packets()).take_while(same).count().max(1);
+            let (group, after) = rest.split_at(run);
+            let kind = match run {
+                1 => first.kind,
+                2..=4 => RxType::Coalesced4,
+                _ => RxType::Coalesced8,
+            };
+            let mut completion = RxCompletion::new(kind, first.packet.meta, first.wqe_offset);
+            completion.set_packets(group.iter().map(|one| (one.len, one.packet.hash)));
+            let data: [u8; Cqe::DATA] = zerocopy::transmute!(completion);
+            lost += usize::from(cq.post(self.memory, &data, rq, false).is_err());
+            rest = after;
+        }
+        lost
+    }
+    #[cold]
+    fn broken(&self, rq: u32, why: Broken) {
+        let core = self.queues.core();
+        if matches!(why, Broken::Dma(_) | Broken::Wqe(WqeError::Dma(_))) {
+            core.counters.dma_errors.bump();
+        }
+        count!(self.vport.counters.rx_err_gdma, "RQ {rq} stops: {why}");
+        core.broken(why.rule(), || format!("RQ {rq}: {why}"));
+    }
+}
+
+/// Write `head` and `body`, one behind the other, to the buffers of `sgl`; the answer is how much had room.
+#[inline]
+fn scatter<'f>(
+    memory: &GuestMemoryMmap,
+    sgl: &[Sge],
+    mem_key: u32,
+    mut head: &'f [u8],
+    mut body: &'f [u8],
+) -> Result<usize, Broken> {
+    let mut written = 0;
+    for sge in sgl {
+        if sge.mem_key.get() != mem_key {
+            return Err(Broken::MemoryKey(sge.mem_key.get()));
+        }
+        let (mut address, mut room) = (sge.address.get(), sge.size.get() as usize);
+        while room > 0 {
+            if head.is_empty() {
+                (head, body) = (body, &[]);
+            }
+            let (now, later) = head.split_at(room.min(head.len()));
+            if now.is_empty() {
+                return Ok(written);
+            }
+            dma::write(memory, address, now)?;
+            written += now.len();
+            room -= now.len();
+            address = address.wrapping_add(now.len() as u64);
+            head = later;
+        }
+    }
+    Ok(written)
+}

@@ -1,0 +1,157 @@
+//! A vPort: the card's end of one cable, with a MAC address, a transmit binding and receive steering.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU32, Ordering};
+
+use crate::counters::VportCounters;
+use crate::doors::Port;
+use crate::packet::ETHERNET_HEADER;
+use crate::rx::{Receive, RxConfigError, RxUpdate};
+
+/// What the data path knows of a vPort.
+pub struct Vport {
+    /// Position among the device's vPorts.
+    pub index: usize,
+    /// MAC address in transmission order.
+    pub mac: [u8; 6],
+    /// The cable.
+    pub port: Arc<dyn Port>,
+    /// Bytes of the longest frame without VLAN tag.
+    pub max_frame: usize,
+    /// Traffic and drops.
+    pub counters: VportCounters,
+    /// The receive side.
+    pub receive: Receive,
+    tx_offset: AtomicU32,
+}
+
+/// The transmit side has not been configured.
+const NO_OFFSET: u32 = u32::MAX;
+
+impl Vport {
+    /// A vPort at `port` whose largest IP packet has `mtu` bytes; both directions are off.
+    pub fn new(index: usize, mac: [u8; 6], port: Arc<dyn Port>, mtu: u16) -> Self {
+        Self {
+            index,
+            mac,
+            port,
+            max_frame: usize::from(mtu) + ETHERNET_HEADER,
+            counters: VportCounters::default(),
+            receive: Receive::default(),
+            tx_offset: AtomicU32::new(NO_OFFSET),
+        }
+    }
+    /// MANA_CONFIG_VPORT_TX: send from now on, when the OOB carries `offset` (`tx_vport_offset` of the response);
+    /// `None` ends it.
+    pub fn configure_tx(&self, offset: Option<u16>) {
+        self.tx_offset.store(offset.map_or(NO_OFFSET, u32::from), Ordering::Release);
+    }
+    /// The offset that the OOB must carry; `None` while the transmit side is not configured.
+    pub fn tx_offset(&self) -> Option<u16> {
+        u16::try_from(self.tx_offset.load(Ordering::Acquire)).ok()
+    }
+    /// MANA_CONFIG_VPORT_RX. When this returns no frame is delivered by the old configuration.
+    ///
+    /// # Errors
+    /// [`RxConfigError`] if that configuration can't be; nothing has changed then.
+    pub fn configure_rx(&self, update: &RxUpdate) -> Result<(), RxConfigError> {
+        self.receive.configure(update)
+    }
+    /// Receive queue `id` is going away; should another get its id, no old configuration shall lead to it.
+    pub fn forget_rq(&self, id: u32) {
+        self.receive.forget(id);
+    }
+    /// Both directions off, as at the start.
+    pub fn reset(&self) {
+        self.configure_tx(None);
+        self.receive.reset();
+    }
+}
+
+/// Frames and bytes by destination, gathered over a batch so that the shared counters are touched once.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Traffic {
+    classes: [(u64, u64); 3],
+}
+
+impl Traffic {
+    /// One frame of `len` bytes to `destination`, its first six bytes.
+    #[inline]
+    pub fn count(&mut self, destination: [u8; 6], len: usize) {
+        let class = if destination[0] & 1 == 0 {
+            0
+        } else if destination == [0xff; 6] {
+            2
+        } else {
+            1
+        };
+        let (frames, bytes) = &mut self.classes[class];
+        *frames += 1;
+        *bytes += len as u64;
+    }
+    /// Add what was gathered to the transmit counters.
+    pub fn add_sent(&self, to: &VportCounters) {
+        let [unicast, multicast, broadcast] = self.classes;
+        for (counter, n) in [
+            (&to.tx_bytes, unicast.1 + multicast.1 + broadcast.1),
+            (&to.tx_ucast_pkts, unicast.0),
+            (&to.tx_ucast_bytes, unicast.1),
+            (&to.tx_mcast_pkts, multicast.0),
+            (&to.tx_mcast_bytes, multicast.1),
+            (&to.tx_bcast_pkts, broadcast.0),
+            (&to.tx_bcast_bytes, broadcast.1),
+        ] {
+            add(counter, n);
+        }
+    }
+    /// Add what was gathered to the receive counters.
+    pub fn add_received(&self, to: &VportCounters) {
+        let [unicast, multicast, broadcast] = self.classes;
+        for (counter, n) in [
+            (&to.rx_bytes, unicast.1 + multicast.1 + broadcast.1),
+            (&to.rx_ucast_pkts, unicast.0),
+            (&to.rx_ucast_bytes, unicast.1),
+            (&to.rx_mcast_pkts, multicast.0),
+            (&to.rx_mcast_bytes, multicast.1),
+            (&to.rx_bcast_pkts, broadcast.0),
+            (&to.rx_bcast_bytes, broadcast.1),
+        ] {
+            add(counter, n);
+        }
+    }
+}
+
+fn add(counter: &crate::counters::Counter, n: u64) {
+    if n != 0 {
+        counter.add(n);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn traffic_goes_to_its_class() {
+        let counters = VportCounters::default();
+        let mut traffic = Traffic::default();
+        traffic.count([2, 0, 0, 0, 0, 1], 60);
+        traffic.count([0x33, 0x33, 0, 0, 0, 1], 70);
+        traffic.count([0xff; 6], 80);
+        traffic.count([0xff, 0xff, 0xff, 0xff, 0xff, 0xfe], 90);
+        traffic.add_sent(&counters);
+        traffic.add_received(&counters);
+        for (name, value) in counters.fields().0 {
+            let expected = match name.split_once('_').unwrap().1 {
+                "bytes" => 300,
+                "ucast_pkts" | "bcast_pkts" => 1,
+                "mcast_pkts" => 2,
+                "ucast_bytes" => 60,
+                "mcast_bytes" => 160,
+                "bcast_bytes" => 80,
+                _ => 0,
+            };
+            assert_eq!(value, expected, "{name}");
+        }
+    }
+}
