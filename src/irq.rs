@@ -59,14 +59,12 @@ pub struct MsiRoutes {
     vm: Arc<VmFd>,
     /// What each vector sends; only vectors that were unmasked once are here.
     messages: RwLock<BTreeMap<u16, MsiMessage>>,
-    /// Requester id (bus, device, function), for interrupt remapping.
-    device_id: u32,
 }
 
 impl MsiRoutes {
     /// No vector sends anything yet.
-    pub fn new(vm: Arc<VmFd>, device_id: u32) -> Self {
-        Self { vm, messages: RwLock::default(), device_id }
+    pub fn new(vm: Arc<VmFd>) -> Self {
+        Self { vm, messages: RwLock::default() }
     }
 }
 
@@ -84,7 +82,6 @@ impl MsiSink for MsiRoutes {
             address_lo: message.address as u32,
             address_hi: (message.address >> 32) as u32,
             data: message.data,
-            devid: self.device_id,
             ..Default::default()
         };
         // Not delivered means that no CPU has the APIC id the guest wrote: on hardware too the message is lost.

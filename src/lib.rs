@@ -17,6 +17,7 @@ pub mod legacy;
 pub mod logging;
 pub mod memory;
 pub mod net;
+pub mod nic;
 pub mod pci_host;
 pub mod stop;
 pub mod topology;

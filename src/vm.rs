@@ -5,25 +5,29 @@ use std::io::Write;
 use std::path::PathBuf;
 use std::process::ExitCode;
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use anyhow::{Context, ensure};
 use event_manager::SubscriberOps;
 use kvm_bindings::KVM_MAX_CPUID_ENTRIES;
 use kvm_ioctls::{Kvm, VmFd};
+use mana_device::doors::Clock;
 use vm_memory::GuestMemoryMmap;
 
 use crate::acpi::{self, Platform};
 use crate::boot::{self, BootSource};
 use crate::bus::Bus;
+use crate::clock::MonotonicClock;
 use crate::config::VmConfig;
 use crate::events::{EventLoop, Signals, StopListener, Timeout};
 use crate::irq::{self, IrqLine};
 use crate::legacy::{
     AcpiPm, AgentPort, Console, ConsoleTimers, I8042, Pvpanic, Rtc, RtcAlarm, SerialInput, SerialPort,
 };
+use crate::nic::{Nic, Surroundings};
 use crate::pci_host::plan::{self, HostBridge, Seat, Wish};
 use crate::stop::{EXEC_FAILED, Outcome, Stop};
+use crate::trace::TraceFile;
 use crate::vcpu::{Vcpu, Vcpus};
 use crate::{initramfs, layout, memory, topology};
 
@@ -34,12 +38,9 @@ use crate::{initramfs, layout, memory, topology};
 /// # Errors
 /// Anything of the host's that fails.
 pub fn run(config: &VmConfig) -> anyhow::Result<ExitCode> {
-    let deadline = config.timeout.map(|timeout| Instant::now() + timeout);
-    let console = open_console(config)?;
+    let outside = Outside::open(config)?;
     loop {
-        let machine = Machine::build(config, console.as_ref())?;
-        let remaining = deadline.map(|deadline| deadline.saturating_duration_since(Instant::now()));
-        let (outcome, exec_status) = machine.run(remaining)?;
+        let (outcome, exec_status) = Machine::build(config, &outside)?.run()?;
         if outcome == Outcome::Reset {
             log::info!("the guest asked for a reset");
             continue;
@@ -70,10 +71,46 @@ fn report_exec(status: Option<i32>) -> ExitCode {
     ExitCode::from(EXEC_FAILED)
 }
 
+/// What outlasts a reset.
+struct Outside {
+    /// `--timeout`.
+    deadline: Option<Instant>,
+    /// `--console`.
+    console: Option<File>,
+    /// `--trace`.
+    trace: Option<TraceFile>,
+    clock: Arc<dyn Clock>,
+}
+
+impl Outside {
+    fn open(config: &VmConfig) -> anyhow::Result<Self> {
+        let create = |path: &PathBuf| {
+            File::create(path)
+                .with_context(|| format!("--console {}: the file can't be written", path.display()))
+        };
+        Ok(Self {
+            deadline: config.timeout.map(|timeout| Instant::now() + timeout),
+            console: config.console.as_ref().map(create).transpose()?,
+            trace: config.trace.as_deref().map(TraceFile::create).transpose()?,
+            clock: Arc::new(MonotonicClock::new()),
+        })
+    }
+
+    /// Where the guest's console goes. With `--exec`, standard output is for the command's own.
+    fn console(&self, config: &VmConfig) -> anyhow::Result<Box<dyn Write + Send>> {
+        Ok(match &self.console {
+            Some(file) => Box::new(file.try_clone().context("--console")?),
+            None if config.exec.is_some() => Box::new(std::io::stderr()),
+            None => Box::new(std::io::stdout()),
+        })
+    }
+}
+
 /// Everything that makes up a machine. Fields are dropped from top to bottom: what uses comes before what is used.
 struct Machine {
     events: EventLoop,
     vcpus: Vec<Vcpu>,
+    nics: Vec<Nic>,
     bus: Arc<Bus>,
     agent: Arc<AgentPort>,
     console: Arc<Console>,
@@ -84,7 +121,7 @@ struct Machine {
 
 impl Machine {
     /// Power on.
-    fn build(config: &VmConfig, console: Option<&File>) -> anyhow::Result<Self> {
+    fn build(config: &VmConfig, outside: &Outside) -> anyhow::Result<Self> {
         let kvm = Kvm::new().context("/dev/kvm can't be used")?;
         let vm = Arc::new(kvm.create_vm().context("KVM_CREATE_VM")?);
         let memory = memory::allocate(config.memory)?;
@@ -94,13 +131,22 @@ impl Machine {
         let stop = Stop::new()?;
         let mut bus = Bus::default();
         let mut events = EventLoop::new().context("no event loop")?;
-        let console = Console::new(console_output(config, console)?, stop.clone())?;
+        let console = Console::new(outside.console(config)?, stop.clone())?;
         let agent = Arc::new(AgentPort::default());
         add_legacy_devices(config, &vm, &mut bus, &mut events, &console, &agent, &stop)?;
-        events.add_subscriber(Box::new(StopListener(stop.clone())));
-        events.add_subscriber(Box::new(Signals::new(stop.clone())?));
+        add_endings(&mut events, outside, &stop)?;
 
         let (bridges, _seats) = plan_pci(config)?;
+        let around = Surroundings {
+            config,
+            vm: &vm,
+            memory: &memory,
+            clock: &outside.clock,
+            trace: outside.trace.as_ref(),
+            stop: &stop,
+        };
+        let nics = config.nics.iter().enumerate().map(|(index, nic)| Nic::start(nic, index, &around));
+        let nics = nics.collect::<anyhow::Result<Vec<_>>>()?;
         let ram = layout::numa_ram(config.memory, &config.topology);
         let rsdp =
             acpi::write(&memory, &Platform { topology: &config.topology, ram: &ram, bridges: &bridges })?;
@@ -111,14 +157,11 @@ impl Machine {
             BootSource { kernel: &config.kernel, initrd: &initrd, command_line: &command_line, rsdp };
         let entry = boot::load(&memory, &source)?;
         vcpus.first().context("--cpus: there must be one")?.set_entry(&entry)?;
-        Ok(Self { events, vcpus, bus: Arc::new(bus), agent, console, stop, _vm: vm, _memory: memory })
+        Ok(Self { events, vcpus, nics, bus: Arc::new(bus), agent, console, stop, _vm: vm, _memory: memory })
     }
 
     /// Run until something ends it; the answer is what, and the status of the `--exec` command.
-    fn run(mut self, timeout: Option<Duration>) -> anyhow::Result<(Outcome, Option<i32>)> {
-        if let Some(timeout) = timeout {
-            self.events.add_subscriber(Box::new(Timeout::new(timeout, self.stop.clone())?));
-        }
+    fn run(mut self) -> anyhow::Result<(Outcome, Option<i32>)> {
         let vcpus = Vcpus::start(std::mem::take(&mut self.vcpus), &self.bus, &self.stop)?;
         let outcome = loop {
             self.events.run().context("event loop")?;
@@ -127,6 +170,7 @@ impl Machine {
             }
         };
         drop(vcpus);
+        self.nics.into_iter().try_for_each(Nic::finish)?;
         self.console.flush();
         // An oopsed guest may get as far as powering off.
         let outcome = match (outcome, self.console.trouble()) {
@@ -164,6 +208,17 @@ fn add_legacy_devices(
     Ok(())
 }
 
+/// What may end the run from outside the guest.
+fn add_endings(events: &mut EventLoop, outside: &Outside, stop: &Arc<Stop>) -> anyhow::Result<()> {
+    events.add_subscriber(Box::new(StopListener(stop.clone())));
+    events.add_subscriber(Box::new(Signals::new(stop.clone())?));
+    if let Some(deadline) = outside.deadline {
+        let remaining = deadline.saturating_duration_since(Instant::now());
+        events.add_subscriber(Box::new(Timeout::new(remaining, stop.clone())?));
+    }
+    Ok(())
+}
+
 /// Where every function sits.
 fn plan_pci(config: &VmConfig) -> anyhow::Result<(Vec<HostBridge>, Vec<Seat>)> {
     let wishes: Vec<Wish> = config.nics.iter().map(|nic| Wish { node: nic.node, slot: nic.slot }).collect();
@@ -197,20 +252,4 @@ fn initrd(config: &VmConfig) -> anyhow::Result<Vec<u8>> {
 /// is told by CPUID and ACPI.
 fn command_line(config: &VmConfig) -> String {
     ["console=ttyS0", &config.append].join(" ").trim_end().to_owned()
-}
-
-/// `--console` as it stands over resets.
-fn open_console(config: &VmConfig) -> anyhow::Result<Option<File>> {
-    let create =
-        |path: &PathBuf| File::create(path).with_context(|| format!("--console: {}", path.display()));
-    config.console.as_ref().map(create).transpose()
-}
-
-/// With `--exec`, standard output is for the command's own.
-fn console_output(config: &VmConfig, file: Option<&File>) -> anyhow::Result<Box<dyn Write + Send>> {
-    Ok(match file {
-        Some(file) => Box::new(file.try_clone().context("--console")?),
-        None if config.exec.is_some() => Box::new(std::io::stderr()),
-        None => Box::new(std::io::stdout()),
-    })
 }
