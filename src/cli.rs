@@ -31,6 +31,12 @@ pub enum Command {
     /// Exit code: 0 the guest powered off; 1 bad arguments or a host error; 2 guest kernel panic or oops;
     /// 3 time-out; 4 the driver broke a device rule and strict=on; 5 the --exec command failed.
     Boot(Box<BootArgs>),
+    /// Show what this machine can do, what is missing and how to get it.
+    Check {
+        /// Start the emulated machine of nested runs too, and see whether its KVM runs guests.
+        #[arg(long)]
+        deep: bool,
+    },
 }
 
 /// `--accel`.
@@ -152,7 +158,7 @@ mod tests {
     fn config(arguments: &[&str]) -> Result<VmConfig, String> {
         let kernel = ["mana-vmm", "boot", "--kernel", "/proc/self/exe"];
         let cli = Cli::try_parse_from(kernel.iter().chain(arguments)).map_err(|error| error.to_string())?;
-        let Command::Boot(boot) = cli.command;
+        let Command::Boot(boot) = cli.command else { panic!("boot was asked for") };
         boot.into_config().map_err(|error| error.to_string())
     }
 

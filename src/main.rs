@@ -4,13 +4,20 @@ use std::process::ExitCode;
 
 use clap::Parser;
 use mana_vmm::cli::{Cli, Command};
-use mana_vmm::vm;
+use mana_vmm::config::{Accel, VmConfig};
+use mana_vmm::{accel, check, level1, nested, vm};
 
 /// Bad arguments or a host error.
 const FAILED: u8 = 1;
 
 fn main() -> ExitCode {
+    if level1::is_init() {
+        level1::init();
+    }
     mana_vmm::logging::init();
+    if let Some(outcome) = level1::run_job() {
+        return outcome.unwrap_or_else(fail);
+    }
     let cli = match Cli::try_parse() {
         Ok(cli) => cli,
         Err(error) => {
@@ -20,14 +27,35 @@ fn main() -> ExitCode {
             return code;
         }
     };
-    run(cli).unwrap_or_else(|error| {
-        eprintln!("mana-vmm: {error:#}");
-        ExitCode::from(FAILED)
-    })
+    run(cli).unwrap_or_else(fail)
+}
+
+/// Here if KVM runs guests, else nested, unless `--accel` says which.
+fn boot(config: VmConfig) -> anyhow::Result<ExitCode> {
+    if config.accel == Accel::Nested {
+        return nested::run(config);
+    }
+    match accel::kvm_runs_guests() {
+        Ok(()) => vm::run(&config),
+        Err(reason) if config.accel == Accel::Kvm => {
+            Err(anyhow::Error::new(reason).context("--accel kvm can't be had; --accel nested needs no KVM"))
+        }
+        Err(reason) => {
+            eprintln!("mana-vmm: runs nested, in an emulated machine, since {reason}");
+            nested::run(config)
+        }
+    }
+}
+
+#[expect(clippy::needless_pass_by_value, reason = "the shape that unwrap_or_else wants")]
+fn fail(error: anyhow::Error) -> ExitCode {
+    eprintln!("mana-vmm: {error:#}");
+    ExitCode::from(FAILED)
 }
 
 fn run(cli: Cli) -> anyhow::Result<ExitCode> {
     match cli.command {
-        Command::Boot(args) => vm::run(&args.into_config()?),
+        Command::Boot(args) => boot(args.into_config()?),
+        Command::Check { deep } => check::run(deep),
     }
 }

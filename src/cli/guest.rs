@@ -3,6 +3,7 @@
 use std::path::{Path, PathBuf};
 
 use crate::keyval::OptionError;
+use crate::places;
 
 /// A kernel and what belongs to it.
 pub(super) struct Guest {
@@ -17,7 +18,7 @@ pub(super) fn find(
     modules: Option<PathBuf>,
 ) -> Result<Guest, OptionError> {
     match (series, kernel) {
-        (Some(series), _) => from_folder(series, &guests_folder()),
+        (Some(series), _) => from_folder(series, &places::guests()),
         (None, Some(kernel)) => {
             must_exist("--kernel", Some(&kernel))?;
             must_exist("--modules", modules.as_deref())?;
@@ -33,16 +34,6 @@ pub(super) fn must_exist(option: &str, path: Option<&Path>) -> Result<(), Option
         Some((path, Err(error))) => Err(OptionError::new(option, format!("{}: {error}", path.display()))),
         _ => Ok(()),
     }
-}
-
-/// `$MANA_GUESTS`; else `guests` in the target folder that the running binary lies in; else `target/guests`.
-fn guests_folder() -> PathBuf {
-    if let Some(folder) = std::env::var_os("MANA_GUESTS") {
-        return folder.into();
-    }
-    let binary = std::env::current_exe().unwrap_or_default();
-    let beside_binary = binary.ancestors().map(|folder| folder.join("guests")).find(|folder| folder.is_dir());
-    beside_binary.unwrap_or_else(|| "target/guests".into())
 }
 
 fn from_folder(series: &str, guests: &Path) -> Result<Guest, OptionError> {
