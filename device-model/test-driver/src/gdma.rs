@@ -209,8 +209,11 @@ impl Driver<'_> {
         self.gdma(&Request::new(code::DEREGISTER_DEVICE, device, 40, 32)).map(drop)
     }
 
-    /// GDMA_GENERATE_TEST_EQE.
-    pub(crate) fn generate_test_eqe(&mut self, device: DeviceId, eq: u32) -> Result<()> {
+    /// GDMA_GENERATE_TEST_EQE, without the wait for the event ([`test_events`](Self::test_events) counts them).
+    ///
+    /// # Errors
+    /// Those of the command.
+    pub fn generate_test_eqe(&mut self, device: DeviceId, eq: u32) -> Result<()> {
         self.gdma(&Request::new(code::GENERATE_TEST_EQE, device, 44, 32).u32(40, eq)).map(drop)
     }
 
@@ -304,6 +307,21 @@ impl Driver<'_> {
         let disabled = self.gdma(&request).map(drop);
         self.world.memory.free(queue.into_ring().into_dma());
         disabled
+    }
+
+    /// Test events that came on an event queue.
+    pub fn test_events(&self, key: usize) -> u32 {
+        self.irqs.eq(key).tests
+    }
+
+    /// Vector of an event queue.
+    pub fn eq_vector_of(&self, key: usize) -> u16 {
+        self.irqs.eq(key).vector
+    }
+
+    /// Event queues that serve `port`.
+    pub fn port_eqs(&self, port: usize) -> Vec<usize> {
+        if self.device_eqs.is_empty() { self.netdevs[port].eqs.clone() } else { self.device_eqs.clone() }
     }
 
     /// Id of an event queue.

@@ -288,8 +288,8 @@ impl Driver<'_> {
         Ok(Response::new(answer, request.response_len()))
     }
 
-    /// Write the request and ring, without waiting.
-    pub(crate) fn post_request(&mut self, request: &Request, len: usize) {
+    /// Write the request and ring, without waiting: [`take_answer`](Self::take_answer) has what comes.
+    pub fn post_request(&mut self, request: &Request, len: usize) {
         let world = self.world;
         let (cq, key) = (self.hwc_ref().init.cq.unwrap_or(0), self.hwc_ref().init.gpa_mkey.unwrap_or(0));
         let hwc = self.hwc_mut();
@@ -307,6 +307,12 @@ impl Driver<'_> {
             let _ = hwc.sq.post(&world.memory, &wqe);
         }
         hwc.sq.doorbell(world);
+    }
+
+    /// The answer to [`post_request`](Self::post_request), if it came.
+    pub fn take_answer(&mut self) -> Option<Response> {
+        let bytes = self.hwc_mut().answer.take()?;
+        Some(Response::new(bytes, RESPONSE_HEADER))
     }
 
     /// Send `request`; the status must be 0 or 0x105 (`mana_hwc_send_request`).

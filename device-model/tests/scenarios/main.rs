@@ -1,0 +1,6 @@
+//! Scenarios: the whole device, driven in one process by a driver that knows only the interface.
+//!
+//! One program, so that it is linked once; a module a story.
+
+mod msix_table;
+mod pci;
