@@ -25,7 +25,8 @@ use crate::legacy::{
     AcpiPm, AgentPort, Console, ConsoleTimers, I8042, Pvpanic, Rtc, RtcAlarm, SerialInput, SerialPort,
 };
 use crate::nic::{Nic, Surroundings};
-use crate::pci_host::plan::{self, HostBridge, Seat, Wish};
+use crate::pci_host::plan::Wish;
+use crate::pci_host::{PciFunction, PciHost};
 use crate::stop::{EXEC_FAILED, Outcome, Stop};
 use crate::trace::TraceFile;
 use crate::vcpu::{Vcpu, Vcpus};
@@ -136,7 +137,6 @@ impl Machine {
         add_legacy_devices(config, &vm, &mut bus, &mut events, &console, &agent, &stop)?;
         add_endings(&mut events, outside, &stop)?;
 
-        let (bridges, _seats) = plan_pci(config)?;
         let around = Surroundings {
             config,
             vm: &vm,
@@ -147,9 +147,12 @@ impl Machine {
         };
         let nics = config.nics.iter().enumerate().map(|(index, nic)| Nic::start(nic, index, &around));
         let nics = nics.collect::<anyhow::Result<Vec<_>>>()?;
+        let pci = add_pci(config, &mut bus, &nics)?;
         let ram = layout::numa_ram(config.memory, &config.topology);
-        let rsdp =
-            acpi::write(&memory, &Platform { topology: &config.topology, ram: &ram, bridges: &bridges })?;
+        let rsdp = acpi::write(
+            &memory,
+            &Platform { topology: &config.topology, ram: &ram, bridges: &pci.bridges() },
+        )?;
         let vcpus = create_vcpus(config, &kvm, &vm)?;
         let initrd = initrd(config)?;
         let command_line = command_line(config);
@@ -219,10 +222,18 @@ fn add_endings(events: &mut EventLoop, outside: &Outside, stop: &Arc<Stop>) -> a
     Ok(())
 }
 
-/// Where every function sits.
-fn plan_pci(config: &VmConfig) -> anyhow::Result<(Vec<HostBridge>, Vec<Seat>)> {
-    let wishes: Vec<Wish> = config.nics.iter().map(|nic| Wish { node: nic.node, slot: nic.slot }).collect();
-    Ok(plan::plan(&wishes, &layout::MMIO32, &layout::mmio64(config.memory))?)
+/// The PCI host bridges with all functions plugged in.
+fn add_pci(config: &VmConfig, bus: &mut Bus, nics: &[Nic]) -> anyhow::Result<Arc<PciHost>> {
+    let functions = config.nics.iter().zip(nics).map(|(nic, running)| {
+        let function: Arc<dyn PciFunction> = running.device().clone();
+        (Wish { node: nic.node, slot: nic.slot }, function)
+    });
+    let pci = Arc::new(PciHost::new(&layout::mmio64(config.memory), functions.collect())?);
+    for range in pci.mmio_ranges() {
+        bus.add_mmio(range, pci.clone())?;
+    }
+    bus.add_ports(layout::PCI_CONFIG_PORT, 8, pci.clone())?;
+    Ok(pci)
 }
 
 /// The CPUs, which see themselves where the topology puts them.
