@@ -9,12 +9,12 @@ use serde_json::{Value, json};
 /// where there is one domain for all (`pci_msi_domain_calc_hwirq`, drivers/pci/msi/irqdomain.c).
 const INDEX_BITS: u64 = 0x7ff;
 
-/// The lines of /proc/interrupts whose action is the driver's, in vector order.
+/// The lines of /proc/interrupts whose action is the driver's, function by function, in vector order.
 pub fn run() -> Result<Value> {
     let table = fs::read_to_string("/proc/interrupts")?;
     let cpus = table.lines().next().unwrap_or_default().split_whitespace().count();
     let mut vectors: Vec<Vector> = table.lines().filter_map(|line| Vector::parse(line, cpus)).collect();
-    vectors.sort_by_key(|vector| vector.index);
+    vectors.sort_by_key(|vector| (vector.function().map(str::to_owned), vector.index));
     Ok(vectors.iter().map(Vector::describe).collect())
 }
 
@@ -37,6 +37,11 @@ impl Vector {
         Some(Self { irq: irq.trim().parse().ok()?, index: hwirq & INDEX_BITS, name: name.to_owned(), counts })
     }
 
+    /// Address of the function, which the driver puts into the name.
+    fn function(&self) -> Option<&str> {
+        self.name.split_once("@pci:").map(|(_, address)| address)
+    }
+
     fn describe(&self) -> Value {
         let attribute = |name| {
             let text = fs::read_to_string(format!("/proc/irq/{}/{name}", self.irq)).unwrap_or_default();
@@ -46,6 +51,7 @@ impl Vector {
             "vector": self.index,
             "irq": self.irq,
             "name": self.name,
+            "function": self.function(),
             "hint": cpu_list(&attribute("affinity_hint")),
             "affinity": attribute("smp_affinity_list"),
             "effective": attribute("effective_affinity_list"),

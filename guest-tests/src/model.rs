@@ -1,0 +1,325 @@
+//! What vectors a driver asks for and which CPUs it hints them to: an independent model of each generation's rules.
+//!
+//! Written from the rules, not from any driver's code, so that a guest that disagrees is worth a look: either the
+//! machine does not show the topology that was asked for, or the device answers with other limits, or the driver has
+//! changed.
+
+use std::collections::BTreeSet;
+
+use anyhow::{Context, Result, ensure};
+use serde_json::Value;
+
+/// Drivers that treat vectors alike.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Generation {
+    /// 6.1: all vectors first, each hinted to a CPU of its own.
+    StaticCpus,
+    /// 6.12 to 6.16: all first, hinted to cores, node by node.
+    StaticCores,
+    /// 6.17 to 7.1: one first, then the others, hinted to cores in a second round.
+    Growing,
+    /// Since 7.2: as before, but with a vector for each CPU the queues go to one CPU each.
+    GrowingCpus,
+}
+
+impl Generation {
+    /// The stock driver of a kernel version such as `6.12.117+deb13-cloud-amd64`.
+    pub fn of_kernel(version: &str) -> Result<Self> {
+        let mut numbers = version.split(['.', '-', '+']).map_while(|word| word.parse::<u32>().ok());
+        let version =
+            numbers.next().zip(numbers.next()).with_context(|| format!("'{version}' is no version"))?;
+        Ok(if version < (6, 12) {
+            Self::StaticCpus
+        } else if version < (6, 17) {
+            Self::StaticCores
+        } else if version < (7, 2) {
+            Self::Growing
+        } else {
+            Self::GrowingCpus
+        })
+    }
+
+    /// Does it take vectors after the channel is up?
+    pub fn grows(self) -> bool {
+        matches!(self, Self::Growing | Self::GrowingCpus)
+    }
+}
+
+/// CPUs numbered thread by thread, core by core, node by node.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Topology {
+    /// All.
+    pub cpus: usize,
+    /// Of a core.
+    pub threads: usize,
+    /// Parts of equal size.
+    pub nodes: usize,
+}
+
+impl Topology {
+    /// Of a `--cpus` value: a number, or `cpus=8,threads=2,cores=2,sockets=1,nodes=2`.
+    pub fn parse(text: &str) -> Result<Self> {
+        let mut values = [None; 5];
+        let names = ["cpus", "threads", "cores", "sockets", "nodes"];
+        for word in text.split(',') {
+            let (name, value) = word.split_once('=').unwrap_or(("cpus", word));
+            let index =
+                names.iter().position(|known| *known == name).with_context(|| format!("--cpus {text}"))?;
+            values[index] = Some(value.parse::<usize>().with_context(|| format!("--cpus {text}"))?);
+        }
+        let [cpus, threads, cores, sockets, nodes] = values;
+        let (threads, nodes) = (threads.unwrap_or(1), nodes.unwrap_or(1));
+        let product = threads * cores.unwrap_or(1) * sockets.unwrap_or(1) * nodes;
+        Ok(Self { cpus: cpus.unwrap_or(product), threads, nodes })
+    }
+
+    /// The node of `cpu`.
+    pub fn node(self, cpu: usize) -> usize {
+        cpu / (self.cpus / self.nodes)
+    }
+
+    /// The CPUs of the core that `cpu` is of.
+    pub fn siblings(self, cpu: usize) -> BTreeSet<usize> {
+        let first = cpu / self.threads * self.threads;
+        (first..first + self.threads).collect()
+    }
+
+    /// CPUs by distance from `node`: its own, then all others; without a node there is no difference.
+    fn levels(self, node: Option<usize>) -> Vec<Vec<usize>> {
+        let all = 0..self.cpus;
+        match node {
+            None => vec![all.collect()],
+            Some(node) => {
+                let (near, far): (Vec<_>, Vec<_>) = all.partition(|&cpu| self.node(cpu) == node);
+                vec![near, far]
+            }
+        }
+    }
+
+    /// One set for each CPU: within a level, a round over the cores for each thread.
+    fn core_by_core(self, node: Option<usize>) -> Vec<BTreeSet<usize>> {
+        let of_level = |level: Vec<usize>| {
+            let cores: Vec<_> = level.iter().filter(|cpu| *cpu % self.threads == 0).copied().collect();
+            (0..self.threads)
+                .flat_map(move |_| cores.clone())
+                .map(move |cpu| self.siblings(cpu))
+                .collect::<Vec<_>>()
+        };
+        self.levels(node).into_iter().flat_map(of_level).collect()
+    }
+}
+
+/// Limits that a function is given.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Limits {
+    /// `max_msix` of GDMA_QUERY_MAX_RESOURCES.
+    pub max_msix: usize,
+    /// Entries of the MSI-X table.
+    pub table: usize,
+    /// NUMA node.
+    pub node: Option<usize>,
+}
+
+impl Limits {
+    /// Of a `--device` value.
+    pub fn parse(device: &str) -> Result<Self> {
+        let value = |name: &str| {
+            let words = device.split(',').filter_map(|word| word.split_once('='));
+            let found =
+                words.filter(|(known, _)| *known == name).map(|(_, value)| value.parse::<usize>()).next();
+            found.transpose().with_context(|| format!("--device {device}"))
+        };
+        Ok(Self {
+            max_msix: value("max-msix")?.unwrap_or(64),
+            table: value("msix-table")?.unwrap_or(64),
+            node: value("node")?,
+        })
+    }
+}
+
+/// CPUs hinted for each vector, vector 0 first; no vectors where the driver must give up.
+pub fn hints(generation: Generation, topology: Topology, limits: Limits) -> Vec<BTreeSet<usize>> {
+    let cpus = topology.cpus;
+    let vectors = match generation {
+        Generation::StaticCpus | Generation::StaticCores => (cpus.min(64) + 1).min(limits.table),
+        Generation::Growing | Generation::GrowingCpus => (cpus + 1).min(limits.max_msix).min(limits.table),
+    };
+    if vectors < 2 || limits.max_msix < 2 {
+        return Vec::new();
+    }
+    let spread: Vec<usize> = topology.levels(limits.node).concat();
+    let cores = topology.core_by_core(limits.node);
+    let single = |index: usize| BTreeSet::from([spread[index % cpus]]);
+    if generation == Generation::StaticCpus {
+        return (0..vectors).map(single).collect();
+    }
+    if vectors <= cpus {
+        return cores[..vectors].to_vec();
+    }
+    let first = if generation == Generation::StaticCores { single(0) } else { cores[0].clone() };
+    let queues: Vec<BTreeSet<usize>> = match generation {
+        Generation::GrowingCpus => (0..cpus).map(|cpu| BTreeSet::from([cpu])).collect(),
+        _ => cores,
+    };
+    [vec![first], queues[..vectors - 1].to_vec()].concat()
+}
+
+/// Compares what `vectors` printed in the guest with [`hints`], function by function.
+pub fn check_vectors(
+    report: &Value,
+    generation: Generation,
+    topology: Topology,
+    devices: &[Limits],
+) -> Result<()> {
+    let vectors = report.as_array().context("no list of vectors")?;
+    let addresses: BTreeSet<&str> = vectors.iter().filter_map(|vector| vector["function"].as_str()).collect();
+    let expected: Vec<_> = devices.iter().map(|&limits| hints(generation, topology, limits)).collect();
+    let probing: Vec<_> = expected.iter().filter(|hints| !hints.is_empty()).collect();
+    ensure!(
+        addresses.len() == probing.len(),
+        "{} functions have vectors, not {}",
+        addresses.len(),
+        probing.len()
+    );
+    for (address, hints) in addresses.iter().zip(probing) {
+        let shown: Vec<_> = vectors.iter().filter(|vector| vector["function"] == *address).collect();
+        ensure!(shown.len() == hints.len(), "{address} has {} vectors, not {}", shown.len(), hints.len());
+        for (number, (vector, hint)) in shown.into_iter().zip(hints).enumerate() {
+            check_vector(vector, number, hint).with_context(|| format!("{address}, vector {number}"))?;
+        }
+    }
+    Ok(())
+}
+
+fn check_vector(vector: &Value, number: usize, hint: &BTreeSet<usize>) -> Result<()> {
+    ensure!(vector["vector"] == number, "it is {}", vector["vector"]);
+    for name in ["hint", "affinity"] {
+        let shown = cpu_set(vector[name].as_str().unwrap_or_default())?;
+        ensure!(shown == *hint, "{name} is {shown:?}, not {hint:?}");
+    }
+    let effective = cpu_set(vector["effective"].as_str().unwrap_or_default())?;
+    ensure!(
+        effective.len() == 1 && effective.is_subset(hint),
+        "effective CPUs are {effective:?} of {hint:?}"
+    );
+    Ok(())
+}
+
+/// Compares what `topology` printed in the guest with what was asked for.
+pub fn check_topology(report: &Value, topology: Topology, devices: &[Limits]) -> Result<()> {
+    let cpus = report["cpus"].as_object().context("no CPUs")?;
+    ensure!(cpus.len() == topology.cpus, "{} CPUs, not {}", cpus.len(), topology.cpus);
+    for (name, shown) in cpus {
+        let cpu: usize = name.parse()?;
+        let threads = cpu_set(shown["threads"].as_str().unwrap_or_default())?;
+        ensure!(threads == topology.siblings(cpu), "CPU {cpu}'s core is {threads:?}");
+        ensure!(shown["node"] == topology.node(cpu), "CPU {cpu} is on node {}", shown["node"]);
+    }
+    let functions = report["functions"].as_object().context("no functions")?;
+    ensure!(functions.len() == devices.len(), "{} functions, not {}", functions.len(), devices.len());
+    for ((address, shown), limits) in functions.iter().zip(devices) {
+        let node = limits.node.map_or(-1, |node| node as i64);
+        // A machine with one node has nothing to say, and the kernel may put everything on it.
+        let only = topology.nodes == 1 && [-1, 0].map(Value::from).contains(&shown["numa_node"]);
+        ensure!(
+            only || shown["numa_node"] == node,
+            "{address} is on node {}, not {node}",
+            shown["numa_node"]
+        );
+    }
+    Ok(())
+}
+
+/// `0-2,5` as a set.
+fn cpu_set(list: &str) -> Result<BTreeSet<usize>> {
+    let mut cpus = BTreeSet::new();
+    for run in list.split(',').filter(|run| !run.is_empty()) {
+        let (first, last) = run.split_once('-').unwrap_or((run, run));
+        let parse = |text: &str| text.parse::<usize>().with_context(|| format!("CPU list '{list}'"));
+        cpus.extend(parse(first)?..=parse(last)?);
+    }
+    Ok(cpus)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const GENERATIONS: [Generation; 4] =
+        [Generation::StaticCpus, Generation::StaticCores, Generation::Growing, Generation::GrowingCpus];
+
+    /// Sets as words: `01 23` for {0,1} {2,3}.
+    fn words(sets: &[BTreeSet<usize>]) -> String {
+        let word = |set: &BTreeSet<usize>| set.iter().map(usize::to_string).collect::<String>();
+        sets.iter().map(word).collect::<Vec<_>>().join(" ")
+    }
+
+    fn check(cpus: &str, node: Option<usize>, limit: usize, expected: [&str; 4]) {
+        let topology = Topology::parse(cpus).unwrap();
+        let limits = Limits { max_msix: limit, table: limit, node };
+        let shown = GENERATIONS.map(|generation| words(&hints(generation, topology, limits)));
+        assert_eq!(shown, expected, "{cpus}, node {node:?}, {limit} vectors");
+    }
+
+    #[test]
+    fn four_cpus_of_two_cores() {
+        let cpus = "cpus=4,threads=2,cores=2";
+        check(cpus, Some(0), 5, ["0 1 2 3 0", "0 01 23 01 23", "01 01 23 01 23", "01 0 1 2 3"]);
+        check(cpus, Some(0), 4, ["0 1 2 3", "01 23 01 23", "01 23 01 23", "01 23 01 23"]);
+        check(cpus, Some(0), 3, ["0 1 2", "01 23 01", "01 23 01", "01 23 01"]);
+        check(cpus, None, 2, ["0 1", "01 23", "01 23", "01 23"]);
+        check(cpus, None, 1, [""; 4]);
+    }
+
+    #[test]
+    fn two_nodes() {
+        let cpus = "threads=2,cores=2,nodes=2";
+        let near = "01 23 01 23 45 67 45 67";
+        check(
+            cpus,
+            Some(0),
+            9,
+            ["0 1 2 3 4 5 6 7 0", &format!("0 {near}"), &format!("01 {near}"), "01 0 1 2 3 4 5 6 7"],
+        );
+        check(cpus, Some(0), 8, ["0 1 2 3 4 5 6 7", near, near, near]);
+        check(cpus, Some(0), 5, ["0 1 2 3 4", "01 23 01 23 45", "01 23 01 23 45", "01 23 01 23 45"]);
+        let near = "45 67 45 67 01 23 01 23";
+        check(
+            cpus,
+            Some(1),
+            9,
+            ["4 5 6 7 0 1 2 3 4", &format!("4 {near}"), &format!("45 {near}"), "45 0 1 2 3 4 5 6 7"],
+        );
+        let far = "01 23 45 67 01 23 45 67";
+        check(
+            cpus,
+            None,
+            9,
+            ["0 1 2 3 4 5 6 7 0", &format!("0 {far}"), &format!("01 {far}"), "01 0 1 2 3 4 5 6 7"],
+        );
+    }
+
+    #[test]
+    fn two_cpus() {
+        check("2", None, 3, ["0 1 0", "0 0 1", "0 0 1", "0 0 1"]);
+        check("2", None, 2, ["0 1"; 4]);
+    }
+
+    #[test]
+    fn static_drivers_count_vectors_by_the_table() {
+        let limits = Limits { max_msix: 3, table: 64, node: None };
+        let topology = Topology::parse("4").unwrap();
+        assert_eq!(GENERATIONS.map(|generation| hints(generation, topology, limits).len()), [5, 5, 3, 3]);
+    }
+
+    #[test]
+    fn generations() {
+        let of = |version| Generation::of_kernel(version).unwrap();
+        assert_eq!(of("6.1.0-56-cloud-amd64"), Generation::StaticCpus);
+        assert_eq!(of("6.12.117+deb13-cloud-amd64"), Generation::StaticCores);
+        assert_eq!(of("6.16.3"), Generation::StaticCores);
+        assert_eq!(of("6.18.15+deb13"), Generation::Growing);
+        assert_eq!(of("7.3.4+deb13-cloud-amd64"), Generation::GrowingCpus);
+        assert!(Generation::of_kernel("newest").is_err());
+    }
+}
