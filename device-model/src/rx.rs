@@ -477,3 +477,6 @@ fn scatter<'f>(
     }
     Ok(written)
 }
+
+#[cfg(test)]
+mod tests;

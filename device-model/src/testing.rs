@@ -1,5 +1,7 @@
 //! Frames and out-of-band data for this crate's tests; the frames and their checksums are etherparse's.
 
+pub mod rig;
+
 use etherparse::PacketBuilder;
 
 use crate::wire::tx::TxOob;
@@ -40,7 +42,7 @@ pub fn udp6(payload: &[u8]) -> Vec<u8> {
 }
 
 /// Builds a [`TxOob`].
-#[derive(Default)]
+#[derive(Clone, Copy, Default)]
 pub struct OobBuilder([u32; 4]);
 
 /// A [`TxOob`] that asks for nothing.
@@ -70,6 +72,31 @@ impl OobBuilder {
     }
     pub fn encapsulated_ipv6(self, inner_ip: u32) -> Self {
         self.with(0, TxOob::FORMAT_LONG).with(2, 0b11).with(3, (inner_ip - 14) | (14 << 10))
+    }
+    /// Of the queue `queue`.
+    pub fn of(self, queue: &rig::DriverQueue) -> Self {
+        self.with(0, queue.cq << 8).with(1, (queue.id >> 10 & 0x3fff) << 10)
+    }
+    pub fn vport_offset(self, offset: u32) -> Self {
+        self.with(1, offset << 24)
+    }
+    pub fn suppress(self) -> Self {
+        self.with(0, 1 << 7)
+    }
+    pub fn vlan(self, tci: u16) -> Self {
+        let tci = u32::from(tci);
+        self.with(0, TxOob::FORMAT_LONG)
+            .with(2, 1 << 3 | (tci >> 13) << 16 | (tci >> 12 & 1) << 19 | (tci & 0xfff) << 20)
+    }
+    /// With a tag to insert, if there is one.
+    pub fn maybe_vlan(self, tci: Option<u16>) -> Self {
+        tci.map_or(self, |tci| self.vlan(tci))
+    }
+    /// The bytes in the WQE: as long as the format needs.
+    pub fn bytes(self) -> Vec<u8> {
+        let oob = self.build();
+        let len = if oob.format() == TxOob::FORMAT_LONG { 24 } else { 8 };
+        zerocopy::IntoBytes::as_bytes(&oob)[..len].to_vec()
     }
     pub fn build(self) -> TxOob {
         let mut words = [0; 24];

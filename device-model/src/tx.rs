@@ -539,3 +539,6 @@ fn behind_tag(offload: TxOffload) -> TxOffload {
     }
     TxOffload { checksum, segmentation }
 }
+
+#[cfg(test)]
+mod tests;
