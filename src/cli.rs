@@ -13,6 +13,7 @@ use clap::{Args, Parser, Subcommand, ValueEnum};
 
 use crate::config::{Accel, VmConfig};
 use crate::keyval::OptionError;
+use crate::trace::TraceArgs;
 
 /// A small VMM with an emulated MANA NIC (Microsoft Azure Network Adapter).
 #[derive(Debug, Parser)]
@@ -31,6 +32,8 @@ pub enum Command {
     /// Exit code: 0 the guest powered off; 1 bad arguments or a host error; 2 guest kernel panic or oops;
     /// 3 time-out; 4 the driver broke a device rule and strict=on; 5 the --exec command failed.
     Boot(Box<BootArgs>),
+    /// Tell what a trace file holds, in words or as a page with the interrupt vectors over time.
+    Trace(TraceArgs),
     /// Show what this machine can do, what is missing and how to get it.
     Check {
         /// Start the emulated machine of nested runs too, and see whether its KVM runs guests.

@@ -5,7 +5,7 @@ use std::process::ExitCode;
 use clap::Parser;
 use mana_vmm::cli::{Cli, Command};
 use mana_vmm::config::{Accel, VmConfig};
-use mana_vmm::{accel, check, level1, nested, vm};
+use mana_vmm::{accel, check, level1, nested, trace, vm};
 
 /// Bad arguments or a host error.
 const FAILED: u8 = 1;
@@ -56,6 +56,7 @@ fn fail(error: anyhow::Error) -> ExitCode {
 fn run(cli: Cli) -> anyhow::Result<ExitCode> {
     match cli.command {
         Command::Boot(args) => boot(args.into_config()?),
+        Command::Trace(args) => trace::run(&args).map(|()| ExitCode::SUCCESS),
         Command::Check { deep } => check::run(deep),
     }
 }

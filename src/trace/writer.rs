@@ -11,6 +11,8 @@ use anyhow::Context;
 use mana_device::observe::{Event, Observer};
 use serde::Serialize;
 
+use super::END;
+
 /// How long an event may wait before it is in the file: what a killed process may lose at most.
 const CADENCE: Duration = Duration::from_millis(50);
 /// Bytes that may wait; the event that makes it more writes them itself.
@@ -29,6 +31,8 @@ struct Line<'a> {
 #[derive(Default)]
 struct Waiting {
     lines: Vec<u8>,
+    /// Latest time seen, nanoseconds.
+    last_ns: u64,
     closing: bool,
 }
 
@@ -60,7 +64,9 @@ impl Shared {
 
     fn event(&self, t_ns: u64, device: Option<usize>, event: &Event) {
         let (first, full) = {
-            let lines = &mut self.waiting().lines;
+            let mut waiting = self.waiting();
+            waiting.last_ns = waiting.last_ns.max(t_ns);
+            let lines = &mut waiting.lines;
             let first = lines.is_empty();
             // Writing to memory can't fail, and every event has a JSON form.
             let _ = serde_json::to_writer(&mut *lines, &Line { t_ns, device, event });
@@ -137,7 +143,12 @@ impl TraceFile {
 
 impl Drop for TraceFile {
     fn drop(&mut self) {
-        self.shared.waiting().closing = true;
+        {
+            let mut waiting = self.shared.waiting();
+            let end = format!("{{\"t_ns\":{},\"event\":\"{END}\"}}\n", waiting.last_ns);
+            waiting.lines.extend(end.into_bytes());
+            waiting.closing = true;
+        }
         self.shared.filled.notify_one();
         if let Some(thread) = self.thread.take() {
             // The thread has nothing that panics; if it did, there is nobody left to tell.
@@ -189,6 +200,8 @@ mod tests {
                 "\n",
                 r#"{"t_ns":6,"device":1,"event":"hwc.response","seq":7,"command":"GDMA_QUERY_MAX_RESOURCES","#,
                 r#""code":2,"version":1,"status":0,"duration_ns":900,"max_msix":64}"#,
+                "\n",
+                r#"{"t_ns":6,"event":"trace.end"}"#,
                 "\n"
             )
         );
@@ -223,7 +236,7 @@ mod tests {
         drop(trace);
         let text = std::fs::read_to_string(file.path()).unwrap();
         let mut next = [0; 4];
-        for line in text.lines() {
+        for line in text.lines().filter(|line| !line.contains(END)) {
             let line: serde_json::Value = serde_json::from_str(line).unwrap();
             let device = line["device"].as_u64().unwrap() as usize;
             assert_eq!(line["t_ns"], next[device]);
