@@ -38,10 +38,10 @@ fn boot(config: VmConfig) -> anyhow::Result<ExitCode> {
     match accel::kvm_runs_guests() {
         Ok(()) => vm::run(&config),
         Err(reason) if config.accel == Accel::Kvm => {
-            Err(anyhow::Error::new(reason).context("--accel kvm can't be had; --accel nested needs no KVM"))
+            anyhow::bail!("--accel kvm: {reason}; --accel nested needs no KVM")
         }
         Err(reason) => {
-            eprintln!("mana-vmm: runs nested, in an emulated machine, since {reason}");
+            eprintln!("mana-vmm: runs nested, in an emulated machine: {reason}");
             nested::run(config)
         }
     }

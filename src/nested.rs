@@ -237,8 +237,10 @@ fn lock(orders: &Mutex<ChildStdin>) -> std::sync::MutexGuard<'_, ChildStdin> {
     orders.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
 }
 
-fn open_outputs(files: &[PathBuf]) -> Result<Vec<File>> {
-    let open = |path: &PathBuf| File::create(path).with_context(|| format!("can't write {}", path.display()));
+fn open_outputs(files: &[(&str, PathBuf)]) -> Result<Vec<File>> {
+    let open = |(option, path): &(&str, PathBuf)| {
+        File::create(path).with_context(|| format!("{option} {}: the file can't be written", path.display()))
+    };
     files.iter().map(open).collect()
 }
 

@@ -64,8 +64,8 @@ pub struct Parcel {
     inputs: Vec<PathBuf>,
     /// Files that go along and exist only there.
     made: Vec<(String, Vec<u8>)>,
-    /// Files of this machine for the job's outputs, in the order of [`Job::outputs`].
-    pub files: Vec<PathBuf>,
+    /// Files of this machine for the job's outputs, in the order of [`Job::outputs`], each with the option it is of.
+    pub files: Vec<(&'static str, PathBuf)>,
 }
 
 impl Parcel {
@@ -102,12 +102,15 @@ impl Parcel {
         config.accel = Accel::Kvm;
         let folder = Path::new(OUTPUTS).join(index.to_string());
         let netdevs = config.netdevs.iter_mut();
-        let pcaps = netdevs.map(|netdev| (format!("pcap-{}", netdev.id), &mut netdev.pcap));
-        let named = [("trace".to_owned(), &mut config.trace), ("console".to_owned(), &mut config.console)];
-        for (name, file) in named.into_iter().chain(pcaps) {
+        let pcaps = netdevs.map(|netdev| ("--pcap", format!("pcap-{}", netdev.id), &mut netdev.pcap));
+        let named = [
+            ("--trace", "trace".to_owned(), &mut config.trace),
+            ("--console", "console".to_owned(), &mut config.console),
+        ];
+        for (option, name, file) in named.into_iter().chain(pcaps) {
             if let Some(here) = file.take() {
                 let there = folder.join(name);
-                parcel.files.push(here);
+                parcel.files.push((option, here));
                 parcel.job.outputs.push(there.clone());
                 *file = Some(there);
             }
