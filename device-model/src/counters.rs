@@ -76,6 +76,8 @@ counters! {
         hwc_failed_commands,
         /// Commands that the card does not know.
         hwc_unknown_commands,
+        /// Objects that a driver had not destroyed when it deregistered its device or destroyed its channel.
+        objects_leaked,
         /// Requests in the shared-memory channel answered with an error.
         smc_failed,
         /// Interrupts sent.

@@ -5,16 +5,21 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 
 use crate::bar0::{Doorbell, Layout, Target};
+use crate::card::Card;
 use crate::config::{BarLocation, ConfigError, DeviceConfig};
 use crate::counters::Counters;
 use crate::dma::Dma;
 use crate::doors::{Clock, Memory, MsiSink, Port, RxFrame, Waker, Work};
+use crate::firmware::Firmware;
 use crate::observe::{Event, Fields, Observer, Tracer};
 use crate::pci::config_space::ConfigSpace;
 use crate::pci::msix::Msix;
 use crate::queues::{Core, Limits, Queues};
 use crate::rules::Rules;
+use crate::smc::Window;
 use crate::sync::lock;
+use crate::vport::Vport;
+use crate::{rx, tx};
 
 /// What the device is given to reach the world with.
 pub struct Host {
@@ -78,14 +83,16 @@ pub enum Ran {
 /// The MANA function.
 ///
 /// Every method takes `&self` and may be called from any thread.
+///
+/// Lock order: shared-memory window, firmware, then as in [`Queues`].
 pub struct ManaDevice {
-    config: DeviceConfig,
     layout: Layout,
     pci: Mutex<ConfigSpace>,
     power_on: ConfigSpace,
     bus_master: Arc<AtomicBool>,
-    core: Arc<Core>,
-    queues: Queues,
+    window: Mutex<Window>,
+    firmware: Mutex<Firmware>,
+    card: Card,
 }
 
 /// One thing in a BAR.
@@ -115,15 +122,20 @@ impl ManaDevice {
         let dma = Dma::new(memory, bus_master.clone());
         let core = Arc::new(Core { tracer, counters, rules: Rules::default(), dma, msix, waker });
         let queues = Queues::new(core.clone(), Limits::of(&config));
+        let vports = config.vports.iter().zip(ports).enumerate();
+        let vports =
+            vports.map(|(index, (vport, port))| Vport::new(index, vport.mac, port, config.mtu)).collect();
         let power_on = ConfigSpace::new(&config, config.bars());
+        let layout = Layout::new(&config);
+        let card = Card { config, core, queues, vports };
         Ok(Self {
-            layout: Layout::new(&config),
+            layout,
             pci: Mutex::new(power_on.clone()),
             power_on,
             bus_master,
-            core,
-            queues,
-            config,
+            window: Mutex::default(),
+            firmware: Mutex::new(Firmware::new(&card)),
+            card,
         })
     }
     /// Configuration read of 1, 2 or 4 bytes at `offset` (0 to 4095).
@@ -136,7 +148,7 @@ impl ManaDevice {
         let effects = pci.write(offset, data);
         if effects.flr {
             drop(pci);
-            self.core.tracer.emit(|| Event::PciFlr);
+            self.card.core.tracer.emit(|| Event::PciFlr);
             self.power_cycle();
             return ConfigEffect { bars_changed: true };
         }
@@ -144,12 +156,12 @@ impl ManaDevice {
         self.bus_master.store(bus_master, Ordering::SeqCst);
         drop(pci);
         if effects.command {
-            self.core.tracer.emit(|| Event::PciCommand { memory, bus_master });
-            self.core.msix.replay();
-            self.queues.resume_all();
+            self.card.core.tracer.emit(|| Event::PciCommand { memory, bus_master });
+            self.card.core.msix.replay();
+            self.card.queues.resume_all();
         }
         if let Some(control) = effects.msix_control {
-            self.core.msix.set_control(control);
+            self.card.core.msix.set_control(control);
         }
         ConfigEffect { bars_changed: effects.bars }
     }
@@ -178,8 +190,8 @@ impl ManaDevice {
         if !matches!(len, 4 | 8) || !offset.is_multiple_of(len as u64) {
             return None;
         }
-        let table = within(self.config.msix_table, self.config.table_range()).map(Place::MsixTable);
-        table.or_else(|| within(self.config.msix_pba, self.config.pba_range()).map(Place::MsixPba))
+        let table = within(self.card.config.msix_table, self.card.config.table_range()).map(Place::MsixTable);
+        table.or_else(|| within(self.card.config.msix_pba, self.card.config.pba_range()).map(Place::MsixPba))
     }
     /// Read of 1, 2, 4 or 8 bytes from a BAR.
     ///
@@ -188,9 +200,9 @@ impl ManaDevice {
     pub fn bar_read(&self, bar: u8, offset: u64, data: &mut [u8]) -> Result<(), AccessError> {
         match self.place(bar, offset, data.len()) {
             Some(Place::Bar0(Target::Registers)) => self.read_registers(offset, data),
-            Some(Place::Bar0(Target::Shm(_))) => data.fill(0),
-            Some(Place::MsixTable(at)) => read_dwords(at, data, |at| self.core.msix.read_table(at)),
-            Some(Place::MsixPba(at)) => read_dwords(at, data, |at| self.core.msix.read_pending(at)),
+            Some(Place::Bar0(Target::Shm(at))) => lock(&self.window).read(at, data),
+            Some(Place::MsixTable(at)) => read_dwords(at, data, |at| self.card.core.msix.read_table(at)),
+            Some(Place::MsixPba(at)) => read_dwords(at, data, |at| self.card.core.msix.read_pending(at)),
             // A doorbell is written, never read.
             Some(Place::Bar0(Target::Doorbell { .. })) | None => {
                 data.fill(0xff);
@@ -201,7 +213,7 @@ impl ManaDevice {
     }
     fn read_registers(&self, offset: u64, data: &mut [u8]) {
         self.layout.read_registers(offset as u32, data);
-        self.core.tracer.emit(|| {
+        self.card.core.tracer.emit(|| {
             let mut value = [0; 8];
             value.iter_mut().zip(&*data).for_each(|(to, from)| *to = *from);
             Event::RegRead { offset, size: data.len() as u8, value: u64::from_le_bytes(value) }
@@ -216,24 +228,36 @@ impl ManaDevice {
         match self.place(bar, offset, data.len()).ok_or(error)? {
             Place::Bar0(Target::Doorbell { page, offset }) => {
                 let value = u64::from_le_bytes(data.try_into().map_err(|_| error)?);
-                self.queues.doorbell(page, Doorbell::decode(offset, value).ok_or(error)?);
+                self.card.queues.doorbell(page, Doorbell::decode(offset, value).ok_or(error)?);
             }
             Place::MsixTable(at) => {
                 for (dword, at) in data.chunks_exact(4).zip((at..).step_by(4)) {
                     let value = u32::from_le_bytes(dword.try_into().map_err(|_| error)?);
-                    self.core.msix.write_table(at, value);
+                    self.card.core.msix.write_table(at, value);
                 }
             }
-            Place::Bar0(Target::Shm(_)) => {}
+            Place::Bar0(Target::Shm(at)) => self.write_window(at, data),
             // Read-only.
             Place::MsixPba(_) | Place::Bar0(Target::Registers) => {}
         }
         Ok(())
     }
+    fn write_window(&self, at: u32, data: &[u8]) {
+        let mut window = lock(&self.window);
+        if let Some(request) = window.write(at, data) {
+            let status = lock(&self.firmware).shared_memory(&self.card, &request);
+            window.respond(request.header.response(status));
+        }
+    }
     /// Do `work`, at most `budget` requests or packets of it. One piece of work never runs on two threads at
     /// once; different pieces may.
-    pub fn run(&self, _work: Work, _budget: usize) -> Ran {
-        Ran::Idle
+    pub fn run(&self, work: Work, budget: usize) -> Ran {
+        match work {
+            Work::Hwc => lock(&self.firmware).run(&self.card, budget),
+            Work::Transmit { sq } => tx::run(&self.card.queues, &self.card.vports, sq, budget),
+            // Nothing has a deadline yet.
+            Work::Timers => Ran::Idle,
+        }
     }
     /// Do what has come due; the answer is the next deadline on the [`Clock`], if there is one.
     pub fn run_timers(&self) -> Option<u64> {
@@ -241,25 +265,41 @@ impl ManaDevice {
     }
     /// Frames from the cable of vPort `port`, in order. Each is steered, written to guest memory and completed,
     /// or dropped and counted; the answer is how many were not dropped.
-    pub fn deliver(&self, _port: usize, _frames: &[RxFrame<'_>]) -> usize {
-        0
+    pub fn deliver(&self, port: usize, frames: &[RxFrame<'_>]) -> usize {
+        self.card.vports.get(port).map_or(0, |vport| rx::deliver(&self.card.queues, vport, frames))
     }
     /// Reset of the whole machine: back to the power-on state.
     pub fn reset(&self) {
         self.power_cycle();
     }
+    /// Every part back to its power-on state. Bus mastering goes first, so that nothing new begins.
     fn power_cycle(&self) {
-        self.bus_master.store(false, Ordering::SeqCst);
-        self.core.msix.reset();
-        lock(&self.pci).reset(&self.power_on);
+        let Self { layout: _, pci, power_on, bus_master, window, firmware, card } = self;
+        bus_master.store(false, Ordering::SeqCst);
+        let mut window = lock(window);
+        lock(firmware).reset(card);
+        *window = Window::default();
+        card.core.msix.reset();
+        lock(pci).reset(power_on);
     }
     /// Live objects by kind; all zero when the driver left nothing behind.
     pub fn ledger(&self) -> Fields {
-        Fields::default()
+        lock(&self.firmware).ledger()
     }
     /// Named counters of drops, errors and traffic.
     pub fn counters(&self) -> Fields {
-        self.core.counters.fields()
+        let mut fields = self.card.core.counters.fields();
+        for (name, value) in self.card.vports.iter().flat_map(|vport| vport.counters.fields().0) {
+            match fields.0.iter_mut().find(|(known, _)| *known == name) {
+                Some((_, sum)) => *sum = sum.wrapping_add(value),
+                None => fields.0.push((name, value)),
+            }
+        }
+        fields
+    }
+    /// Rules of the device that the driver broke, with how often.
+    pub fn violations(&self) -> Fields {
+        self.card.core.rules.fields()
     }
 }
 

@@ -1,14 +1,21 @@
 //! The MANA NIC (Microsoft Azure Network Adapter) as a device model.
 #![forbid(unsafe_code)]
-#![allow(dead_code, reason = "rings and rules come into use with the hardware channel and the data path")]
 
 mod bar0;
+mod card;
 pub mod checksum;
+mod command;
 pub mod config;
 mod counters;
+mod describe;
 mod device;
 mod dma;
 pub mod doors;
+mod firmware;
+mod gdma;
+mod hwc;
+mod ledger;
+mod mana;
 pub mod observe;
 pub mod offload;
 pub mod packet;
@@ -19,8 +26,11 @@ mod ring;
 mod rules;
 mod rx;
 pub mod segment;
+mod smc;
+mod status;
 pub mod steer;
 mod sync;
+mod table;
 #[cfg(test)]
 mod testing;
 mod tx;

@@ -159,9 +159,17 @@ impl Limits {
     }
 }
 
+impl Limits {
+    /// Work queue objects that there can be.
+    pub fn wqs(&self) -> u32 {
+        self.sqs + self.rqs
+    }
+}
+
 /// Every queue of the function.
 pub struct Queues {
     core: Arc<Core>,
+    limits: Limits,
     eqs: Box<[Slot<EventQueue>]>,
     cqs: Box<[Slot<CompletionQueue>]>,
     sqs: Box<[Slot<WqObject>]>,
@@ -176,7 +184,11 @@ impl Queues {
     /// No queues yet, room for `limits`.
     pub fn new(core: Arc<Core>, limits: Limits) -> Self {
         let Limits { eqs, cqs, sqs, rqs } = limits;
-        Self { core, eqs: slots(eqs), cqs: slots(cqs), sqs: slots(sqs), rqs: slots(rqs) }
+        Self { core, limits, eqs: slots(eqs), cqs: slots(cqs), sqs: slots(sqs), rqs: slots(rqs) }
+    }
+    /// How many queues there can be.
+    pub fn limits(&self) -> Limits {
+        self.limits
     }
     /// What the device shares.
     pub fn core(&self) -> &Core {

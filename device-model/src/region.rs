@@ -107,10 +107,6 @@ impl Region {
     pub fn page_count(&self) -> u32 {
         self.page_count
     }
-    /// Bytes.
-    pub fn length(&self) -> u64 {
-        self.length
-    }
     /// The first `size` bytes as a ring.
     ///
     /// # Errors

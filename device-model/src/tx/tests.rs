@@ -282,7 +282,7 @@ fn broken_wqes_stop_the_queue_with_a_gdma_error() {
     let broken = |rig: &Rig, oob: &[u8], flags: u32, sgl: &[Sge]| {
         assert_eq!(one(rig, oob, flags, sgl), (Some(42), false));
         assert_eq!(rig.counters().tx_err_gdma.get(), 1);
-        assert_eq!(rig.queues.core().rules.total(), 1);
+        assert_eq!(rig.queues.core().counters.rule_violations.get(), 1);
     };
     let wrong_key = |rig: &Rig| vec![Sge { mem_key: 1.into(), ..good(rig)[0] }];
     let card = rig();

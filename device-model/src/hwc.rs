@@ -1,0 +1,296 @@
+//! The hardware channel: four one-page queues through which the driver sends commands and gets answers.
+//!
+//! A request lies where the send WQE's scatter/gather list says, the response goes where the oldest receive WQE's
+//! says. Each answered request makes two completions, of the send and of the receive queue. No request is taken
+//! before there is a buffer for its response and room for both completions.
+//!
+//! Source: `mana_hwc_init_queues`, `mana_hwc_rx_event_handler`, `mana_hwc_post_tx_wqe` (hw_channel.c); the sheet's
+//! section 4.
+
+use vm_memory::GuestMemoryMmap;
+use zerocopy::little_endian::U32;
+use zerocopy::{FromBytes, IntoBytes};
+
+use crate::card::Card;
+use crate::command::{self, Command, CommandResult, Context, Request};
+use crate::count;
+use crate::device::Ran;
+use crate::dma;
+use crate::observe::{Event, Fields, QueueKind};
+use crate::queues::{Core, HWC_QUEUE, Slot};
+use crate::region::RingMemory;
+use crate::ring::{CompletionQueue, EventQueue, WorkQueue, Wqe};
+use crate::rules::Rule;
+use crate::status::{CommandError, Status};
+use crate::table::{Device, Objects, Origin};
+use crate::wire::hwc::{MAX_MESSAGE, RequestHeader, RxOob, TxOob, init_data};
+use crate::wire::queue::{Cqe, EventEntry};
+use crate::wire::smc::EstablishHwc;
+
+/// Requests in flight that the card announces; the driver uses one whatever is announced.
+const QUEUE_DEPTH: u32 = 1;
+/// Completions of one request.
+const COMPLETIONS: u32 = 2;
+
+/// Why a channel can't be established.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum EstablishError {
+    /// The vector is beyond the MSI-X table.
+    #[error("MSI-X vector {0} is beyond the table")]
+    Vector(u16),
+    /// The event queue takes no events: not guest memory.
+    #[error("the event queue is not guest memory")]
+    EventQueue,
+}
+
+/// An established channel.
+pub struct Hwc {
+    sq: WorkQueue,
+    rq: WorkQueue,
+    request: Request,
+    response: Box<[u8; MAX_MESSAGE]>,
+    wqe: Wqe,
+    buffer: Wqe,
+}
+
+/// What became of the next request.
+enum Step {
+    /// One was answered.
+    Answered,
+    /// There is none up to this tail, or something it needs is missing.
+    Rest(u32),
+}
+
+impl Hwc {
+    /// Make the four queues and tell the driver about them.
+    ///
+    /// # Errors
+    /// [`EstablishError`]; nothing exists then.
+    pub fn establish(
+        card: &Card,
+        memory: &GuestMemoryMmap,
+        message: &EstablishHwc,
+    ) -> Result<Self, EstablishError> {
+        if message.msix >= card.config.msix_table_size {
+            return Err(EstablishError::Vector(message.msix));
+        }
+        let page = Device::Hwc.doorbell_page();
+        let queues = &card.queues;
+        queues.open_eq(HWC_QUEUE, page, EventQueue::new(RingMemory::page(message.eq), message.msix));
+        queues.open_cq(HWC_QUEUE, page, CompletionQueue::new(RingMemory::page(message.cq), HWC_QUEUE));
+        queues.open_hwc(page);
+        let value = |kind, value| EventEntry::HwcInitData { kind, value };
+        let events = [
+            // First: until it has seen this one, the driver does not know where to ring.
+            EventEntry::HwcInitEqIdDb { eq: HWC_QUEUE as u16, doorbell: page as u16 },
+            value(init_data::CQ_ID, HWC_QUEUE),
+            value(init_data::RQ_ID, HWC_QUEUE),
+            value(init_data::SQ_ID, HWC_QUEUE),
+            value(init_data::QUEUE_DEPTH, QUEUE_DEPTH),
+            value(init_data::MAX_REQUEST, MAX_MESSAGE as u32),
+            value(init_data::MAX_RESPONSE, MAX_MESSAGE as u32),
+            value(init_data::MAX_NUM_CQS, queues.limits().cqs),
+            value(init_data::PD_ID, Device::Hwc.pd()),
+            value(init_data::GPA_MKEY, Device::Hwc.gpa_mkey()),
+            EventEntry::HwcInitDone,
+        ];
+        if !events.into_iter().all(|event| queues.post_event(memory, HWC_QUEUE, event)) {
+            Self::close(card);
+            return Err(EstablishError::EventQueue);
+        }
+        Ok(Self {
+            sq: WorkQueue::send(RingMemory::page(message.sq)),
+            rq: WorkQueue::receive(RingMemory::page(message.rq)),
+            request: Request::new(),
+            response: Box::new([0; MAX_MESSAGE]),
+            wqe: Wqe::default(),
+            buffer: Wqe::default(),
+        })
+    }
+    /// The channel's queues end: the card touches their memory no more.
+    pub fn close(card: &Card) {
+        for kind in [QueueKind::Sq, QueueKind::Rq, QueueKind::Cq, QueueKind::Eq] {
+            card.queues.close(kind, HWC_QUEUE);
+        }
+    }
+    /// Answer requests, at most `budget`. `seq` numbers them.
+    pub fn run(&mut self, card: &Card, objects: &mut Objects, seq: &mut u64, budget: usize) -> Ran {
+        let Some(slot) = card.queues.sq(HWC_QUEUE) else { return Ran::Idle };
+        let Some(memory) = card.core.dma.map() else {
+            // Enabling bus mastering wakes the queue again.
+            let _ = slot.rest(slot.tail());
+            return Ran::Idle;
+        };
+        for _ in 0..budget.max(1) {
+            if let Step::Rest(tail) = self.step(card, &memory, objects, seq)
+                && !slot.rest(tail)
+            {
+                return Ran::Idle;
+            }
+        }
+        Ran::More
+    }
+    fn step(&mut self, card: &Card, memory: &GuestMemoryMmap, objects: &mut Objects, seq: &mut u64) -> Step {
+        let tail = card.queues.sq(HWC_QUEUE).map_or(0, Slot::tail);
+        match self.sq.fetch(memory, tail, &mut self.wqe) {
+            Ok(false) => return Step::Rest(tail),
+            Ok(true) => {}
+            Err(error) => {
+                bad_request(card, &error);
+                self.sq.discard(tail);
+                return Step::Rest(tail);
+            }
+        }
+        if !self.reserve(card, memory) {
+            return Step::Rest(tail);
+        }
+        self.check_oob(card);
+        match self.read_request(memory) {
+            Ok(()) => {
+                *seq += 1;
+                let len = self.execute(card, memory, objects, *seq);
+                let sent = self.write_response(memory, len);
+                self.complete(card, memory, Some(sent));
+                self.rq.advance(&self.buffer);
+            }
+            Err(cause) => {
+                bad_request(card, &cause);
+                self.complete(card, memory, None);
+            }
+        }
+        self.sq.advance(&self.wqe);
+        Step::Answered
+    }
+    /// Whether there is a buffer for the response and room for its completions. If not, the doorbell that brings
+    /// them runs the channel again.
+    fn reserve(&mut self, card: &Card, memory: &GuestMemoryMmap) -> bool {
+        let tail = card.queues.rq(HWC_QUEUE).map_or(0, Slot::tail);
+        match self.rq.fetch(memory, tail, &mut self.buffer) {
+            Ok(true) => {}
+            Ok(false) => return false,
+            Err(error) => {
+                bad_request(card, &error);
+                self.rq.discard(tail);
+                return false;
+            }
+        }
+        let Some(slot) = card.queues.cq(HWC_QUEUE) else { return false };
+        slot.lock().as_mut().is_some_and(|cq| {
+            let room = cq.free() >= COMPLETIONS;
+            if !room {
+                cq.wait_for_room(HWC_QUEUE);
+            }
+            room
+        })
+    }
+    /// The OOB names the channel's own queues; a driver that names others has lost its way, but can be answered.
+    fn check_oob(&self, card: &Card) {
+        let oob = TxOob::read_from_prefix(self.wqe.oob()).map(|(oob, _)| oob).unwrap_or_default();
+        let (cq, sq) = (oob.vscq.get() & 0xff_ffff, oob.vsq.get() & 0xff_ffff);
+        if (cq, sq) != (HWC_QUEUE, HWC_QUEUE) {
+            card.core.broken(Rule::HwcMessage, || format!("the OOB names CQ {cq} and SQ {sq}"));
+        }
+    }
+    /// Copy the request out of guest memory: from here on the guest can't change it.
+    fn read_request(&mut self, memory: &GuestMemoryMmap) -> Result<(), CommandError> {
+        let sgl = self.wqe.sgl();
+        let len = sgl.iter().fold(0_usize, |len, sge| len.saturating_add(sge.size.get() as usize));
+        if sgl.iter().any(|sge| sge.mem_key.get() != Device::Hwc.gpa_mkey()) {
+            return Err(CommandError::invalid("the request is not under the channel's memory key"));
+        }
+        let room = self.request.start(len);
+        let mut room = room.ok_or_else(|| CommandError::invalid(format!("a request of {len} bytes")))?;
+        for sge in sgl {
+            let (piece, rest) = room.split_at_mut_checked(sge.size.get() as usize).unwrap_or_default();
+            dma::read(memory, sge.address.get(), piece)
+                .map_err(|error| CommandError::dma(error.to_string()))?;
+            room = rest;
+        }
+        Ok(())
+    }
+    /// Parse and do the command; the answer is the length of the response.
+    fn execute(&mut self, card: &Card, memory: &GuestMemoryMmap, objects: &mut Objects, seq: u64) -> usize {
+        let Core { tracer, counters, .. } = &*card.core;
+        let header = self.request.header();
+        let (code, version) = (header.msg_type.get(), header.msg_version.get());
+        let command = command::name(code).unwrap_or("UNKNOWN");
+        let started = tracer.now_ns();
+        let parsed = Command::parse(&self.request);
+        tracer.emit(|| {
+            let fields = parsed.as_ref().map(Command::fields).unwrap_or_default();
+            Event::HwcRequest { seq, command, code, version, fields }
+        });
+        let result = parsed.and_then(|parsed| {
+            let origin = Origin { seq, command };
+            parsed.execute(&mut Context { card, objects, memory, origin })
+        });
+        if let Err(error) = &result {
+            let unknown = error.status == Status::Unsupported;
+            let counter =
+                if unknown { &counters.hwc_unknown_commands } else { &counters.hwc_failed_commands };
+            count!(counter, "{command} ({code:#x}) answered {:#x}: {error}", error.status as u32);
+            if error.status == Status::NotFound {
+                card.core.broken(Rule::KnownObject, || format!("{command}: {error}"));
+            }
+        }
+        let len = command::response(&header, &result, &mut self.response);
+        tracer
+            .emit(|| response_event(seq, &header, command, &result, tracer.now_ns().saturating_sub(started)));
+        len
+    }
+    /// Write the response's `len` bytes into the receive buffer; the answer is how many got there.
+    fn write_response(&self, memory: &GuestMemoryMmap, len: usize) -> usize {
+        let mut rest = self.response.get(..len).unwrap_or_default();
+        let mut sent = 0;
+        for sge in self.buffer.sgl() {
+            let (piece, later) = rest.split_at(rest.len().min(sge.size.get() as usize));
+            if sge.mem_key.get() != Device::Hwc.gpa_mkey()
+                || dma::write(memory, sge.address.get(), piece).is_err()
+            {
+                break;
+            }
+            sent += piece.len();
+            rest = later;
+        }
+        sent
+    }
+    /// Post the completion of the send WQE and, with the bytes that were sent, of the receive WQE.
+    fn complete(&self, card: &Card, memory: &GuestMemoryMmap, sent: Option<usize>) {
+        let posted = card.queues.complete(memory, HWC_QUEUE, |cq| {
+            cq.post(memory, &[0; Cqe::DATA], HWC_QUEUE, true)?;
+            let Some(sent) = sent else { return Ok(()) };
+            let oob = RxOob {
+                wqe_offset: self.rq.head().into(),
+                tx_oob_data_size: U32::new(sent as u32),
+                ..RxOob::default()
+            };
+            let mut data = [0; Cqe::DATA];
+            data.iter_mut().zip(oob.as_bytes()).for_each(|(to, from)| *to = *from);
+            cq.post(memory, &data, HWC_QUEUE, false)
+        });
+        if !matches!(posted, Some(Ok(()))) {
+            count!(card.core.counters.hwc_lost_responses, "the channel's completion could not be posted");
+        }
+    }
+}
+
+fn bad_request(card: &Card, cause: &dyn std::fmt::Display) {
+    count!(card.core.counters.hwc_bad_requests, "the hardware channel's request can't be read: {cause}");
+    card.core.broken(Rule::HwcMessage, || cause.to_string());
+}
+
+fn response_event(
+    seq: u64,
+    header: &RequestHeader,
+    command: &'static str,
+    result: &CommandResult,
+    duration_ns: u64,
+) -> Event {
+    let (status, own_version, fields) = match result {
+        Ok(reply) => (reply.status, reply.version, reply.fields()),
+        Err(error) => (error.status, 1, Fields::default()),
+    };
+    let version = own_version.min(header.resp_msg_version.get());
+    let code = header.msg_type.get();
+    Event::HwcResponse { seq, command, code, version, status: status as u32, duration_ns, fields }
+}

@@ -1,0 +1,78 @@
+//! The shared-memory channel: 32 bytes in BAR0 through which the driver has the hardware channel established and
+//! destroyed.
+//!
+//! The write of the last dword is the request; the answer stands there when that write is done, so the driver never
+//! sees the card owning the window.
+//!
+//! Source: `mana_smc_setup_hwc`, `mana_smc_teardown_hwc` (shm_channel.c); the sheet's section 3.
+
+use zerocopy::IntoBytes;
+
+use crate::bar0::SHM_SIZE;
+use crate::wire::smc::Header;
+
+/// Bytes of the window.
+const SIZE: usize = SHM_SIZE as usize;
+/// Where the header is.
+const HEADER: usize = SIZE - size_of::<u32>();
+
+/// The window.
+#[derive(Debug, Default)]
+pub struct Window {
+    bytes: [u8; SIZE],
+}
+
+/// A request, as it stood in the window when its last dword was written.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Request {
+    /// What is asked.
+    pub header: Header,
+    /// Everything.
+    pub window: [u8; SIZE],
+}
+
+impl Window {
+    /// Read from byte `offset`.
+    pub fn read(&self, offset: u32, data: &mut [u8]) {
+        let from = self.bytes.get(offset as usize..).unwrap_or_default();
+        data.iter_mut().zip(from).for_each(|(to, from)| *to = *from);
+    }
+    /// Write to byte `offset`; the request, if this completes one.
+    pub fn write(&mut self, offset: u32, data: &[u8]) -> Option<Request> {
+        let to = self.bytes.get_mut(offset as usize..).unwrap_or_default();
+        to.iter_mut().zip(data).for_each(|(to, from)| *to = *from);
+        let complete = offset as usize + data.len() == SIZE;
+        complete.then(|| Request { header: Header(self.header()), window: self.bytes })
+    }
+    fn header(&self) -> u32 {
+        let mut word = [0; 4];
+        self.read(HEADER as u32, &mut word);
+        u32::from_le_bytes(word)
+    }
+    /// Put the answer where the request was.
+    pub fn respond(&mut self, header: Header) {
+        let to = self.bytes.get_mut(HEADER..).unwrap_or_default();
+        to.iter_mut().zip(header.0.to_le().as_bytes()).for_each(|(to, from)| *to = *from);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_the_last_dword_makes_a_request() {
+        let mut window = Window::default();
+        for offset in (0..28).step_by(4) {
+            assert_eq!(window.write(offset, &[offset as u8; 4]), None);
+        }
+        let request = window.write(28, &1_u32.to_le_bytes()).expect("request");
+        assert_eq!(request.header, Header(1));
+        assert_eq!(request.window[24], 24);
+        window.respond(request.header.response(0));
+        let mut word = [0; 4];
+        window.read(28, &mut word);
+        assert_eq!(u32::from_le_bytes(word), 0x81);
+        assert!(window.write(24, &[0, 0, 0, 0, 2, 0, 0, 0]).is_some());
+    }
+}
