@@ -9,6 +9,9 @@ use std::collections::BTreeSet;
 use anyhow::{Context, Result, ensure};
 use serde_json::Value;
 
+/// Interrupts after which a vector must be where its affinity says.
+const ENOUGH_TO_MOVE: u64 = 10;
+
 /// Drivers that treat vectors alike.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Generation {
@@ -197,11 +200,11 @@ fn check_vector(vector: &Value, number: usize, hint: &BTreeSet<usize>) -> Result
         let shown = cpu_set(vector[name].as_str().unwrap_or_default())?;
         ensure!(shown == *hint, "{name} is {shown:?}, not {hint:?}");
     }
+    // Without interrupt remapping a vector moves when it next fires.
     let effective = cpu_set(vector["effective"].as_str().unwrap_or_default())?;
-    ensure!(
-        effective.len() == 1 && effective.is_subset(hint),
-        "effective CPUs are {effective:?} of {hint:?}"
-    );
+    let has_moved = vector["total"].as_u64() >= Some(ENOUGH_TO_MOVE);
+    ensure!(effective.len() == 1, "effective CPUs are {effective:?}");
+    ensure!(!has_moved || effective.is_subset(hint), "it fires on {effective:?} instead of {hint:?}");
     Ok(())
 }
 

@@ -204,11 +204,20 @@ fn one_case(name: &str, table: &Table, case: &Table) -> Result<Scenario> {
     let mut scenario: Scenario = value.try_into()?;
     scenario.name = name.to_owned();
     if !case.is_empty() {
-        let values: Vec<String> = case.values().map(plain).collect();
-        scenario.name = format!("{name}[{}]", values.join(" "));
+        scenario.name = format!("{name} ({})", case_name(case));
     }
     ensure!(scenario.has_guest() != scenario.step.is_empty(), "it needs either steps or arguments");
     Ok(scenario)
+}
+
+/// The case's `name`, or its short values.
+fn case_name(case: &Table) -> String {
+    if let Some(name) = case.get("name") {
+        return plain(name);
+    }
+    let short = case.iter().filter(|(_, value)| !value.is_array());
+    let values: Vec<String> = short.map(|(name, value)| format!("{name} {}", plain(value))).collect();
+    values.join(", ")
 }
 
 /// A value as it looks inside a string.
@@ -262,7 +271,7 @@ mod tests {
         "#;
         let scenarios = parse("few", text).unwrap();
         let names: Vec<_> = scenarios.iter().map(|scenario| scenario.name.as_str()).collect();
-        assert_eq!(names, ["few[2]", "few[3]"]);
+        assert_eq!(names, ["few (vectors 2)", "few (vectors 3)"]);
         assert_eq!(scenarios[1].machine.devices, ["mana,max-msix=3"]);
         assert_eq!(scenarios[1].step[0].json["len"], Value::Integer(3));
         assert_eq!(scenarios[1].story, "With 3 vectors.");

@@ -1,5 +1,6 @@
 //! The device's trace, as `mana-vmm boot --trace` writes it, and checks on the order of its events.
 
+use std::collections::BTreeMap;
 use std::fs::File;
 use std::io::{BufRead, BufReader};
 use std::path::Path;
@@ -35,13 +36,16 @@ impl Trace {
         self.0.iter().any(|event| event["event"] == "reg.read")
     }
 
-    /// Kinds of objects that are alive at the end, with their numbers.
+    /// Kinds of objects that are alive at the end, with their numbers; of every device if there are several.
     pub fn live_at_end(&self) -> Result<Vec<String>> {
-        let last = self.0.iter().rev().find(|event| event["event"] == "ledger");
-        let ledger = last.context("the trace has no ledger")?;
-        let live = ledger
-            .iter()
-            .filter(|(name, value)| !["event", "t_ns"].contains(&name.as_str()) && value.as_u64() != Some(0));
+        let ledgers = self.0.iter().filter(|event| event["event"] == "ledger");
+        let last: BTreeMap<Option<u64>, _> =
+            ledgers.map(|event| (event.get("device").and_then(Value::as_u64), event)).collect();
+        ensure!(!last.is_empty(), "the trace has no ledger");
+        let counts = last.values().flat_map(|ledger| ledger.iter());
+        let live = counts.filter(|(name, value)| {
+            !["event", "t_ns", "device"].contains(&name.as_str()) && value.as_u64() != Some(0)
+        });
         Ok(live.map(|(name, value)| format!("{name} {value}")).collect())
     }
 

@@ -6,9 +6,13 @@ use serde_json::{Value, json};
 
 use crate::sys;
 
-/// What kernels write when they find something wrong with themselves.
-const COMPLAINTS: [&str; 15] = [
-    "WARNING:",
+/// What kernels write when they find something wrong with themselves. Every WARN begins with the line that asks to cut
+/// there; `WARNING:` alone is also in plain advice.
+const COMPLAINTS: [&str; 17] = [
+    "[ cut here ]",
+    "WARNING: possible ",
+    "WARNING: suspicious ",
+    "WARNING: inconsistent ",
     "BUG:",
     "Oops",
     "] RIP: ",
@@ -17,8 +21,7 @@ const COMPLAINTS: [&str; 15] = [
     "Kernel panic",
     "INFO: task ",
     "soft lockup",
-    "rcu_sched detected",
-    "rcu_preempt detected",
+    "detected stalls on CPUs",
     "ref_tracker: ",
     "unreferenced object 0x",
     "Trying to free already-free IRQ",
@@ -48,8 +51,11 @@ mod tests {
 
     #[test]
     fn finds_complaints_but_not_the_allowed_ones() {
-        let log = "<6>[ 1.0] mana: up\n<4>[ 2.0] WARNING: CPU: 0 PID: 1 at a.c:1\n<3>[ 3.0] BUG: b\n";
+        let log = "<6>[ 1.0] mana: up\n<4>[ 2.0] ------------[ cut here ]------------\n<3>[ 3.0] BUG: b\n";
         assert_eq!(complaints(log, &[]).len(), 2);
-        assert_eq!(complaints(log, &["BUG: b".to_owned()]), ["<4>[ 2.0] WARNING: CPU: 0 PID: 1 at a.c:1"]);
+        assert_eq!(
+            complaints(log, &["BUG: b".to_owned()]),
+            ["<4>[ 2.0] ------------[ cut here ]------------"]
+        );
     }
 }
