@@ -70,7 +70,7 @@ pub fn write(memory: &GuestMemoryMmap, platform: &Platform<'_>) -> Result<GuestA
         &madt::madt(platform.topology),
         &numa::srat(platform),
         &numa::slit(platform.topology),
-        &mcfg(platform.bridges),
+        &mcfg(),
     ];
     for table in tables {
         xsdt.add_entry(area.place(table)?);
@@ -153,10 +153,9 @@ fn io_register(port: u16, bits: u8, access: AccessSize) -> GAS {
 }
 
 /// MCFG: memory-mapped configuration space of all buses, one segment.
-fn mcfg(bridges: &[HostBridge]) -> MCFG {
+fn mcfg() -> MCFG {
     let mut mcfg = MCFG::new(OEM_ID, OEM_TABLE_ID, OEM_REVISION);
-    let last_bus = bridges.iter().map(|bridge| *bridge.buses.end()).max().unwrap_or(0);
-    mcfg.add_ecam(layout::ECAM.start, 0, 0, last_bus);
+    mcfg.add_ecam(layout::ECAM.start, 0, 0, u8::MAX);
     mcfg
 }
 

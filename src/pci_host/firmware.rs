@@ -5,8 +5,8 @@ use std::ops::Range;
 use mana_device::Bar;
 
 use super::root_port::{
-    BUS_NUMBERS, MEMORY_WINDOW, PREFETCHABLE_BASE_UPPER, PREFETCHABLE_LIMIT_UPPER, PREFETCHABLE_WINDOW,
-    RootPort, window_registers,
+    BUS_NUMBERS, IO_WINDOW, MEMORY_WINDOW, PREFETCHABLE_BASE_UPPER, PREFETCHABLE_LIMIT_UPPER,
+    PREFETCHABLE_WINDOW, RootPort, window_registers,
 };
 use super::{Bridge, Device, Error, PciFunction};
 
@@ -15,6 +15,8 @@ const BAR0: u16 = 0x10;
 /// Windows of bridges come in units of this.
 const MEBIBYTE: u64 = 1 << 20;
 /// The base above the limit: lets nothing pass.
+const IO_CLOSED: u32 = 0x0000_00f0;
+/// The same for memory.
 const CLOSED: u32 = 0x0000_fff0;
 
 /// Assign what is below `bridge`. Memory decoding stays off: that is for the guest to turn on.
@@ -39,6 +41,7 @@ pub(super) fn assign(bridge: &Bridge) -> Result<(), Error> {
 
 /// BARs behind a port: the window that reaches above 4 GiB is for the prefetchable ones only.
 fn open_windows(port: &RootPort, low: &mut Space, high: &mut Space) -> Result<(), Error> {
+    write(port, IO_WINDOW, IO_CLOSED);
     let function = port.function().as_ref();
     let (prefetchable, other): (Vec<_>, Vec<_>) =
         function.bars().into_iter().partition(|bar| bar.prefetchable);

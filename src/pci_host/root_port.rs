@@ -23,6 +23,9 @@ const TYPE_1: u16 = 1;
 /// Primary, secondary and subordinate bus number, a byte each.
 pub const BUS_NUMBERS: usize = 0x18;
 const SECONDARY_BUS: usize = 0x19;
+/// Base and limit of the I/O window: address bits 15:12, in bits 7:4 of each byte. No function has I/O BARs, but some
+/// kernels (6.1) take a bridge without the register for one with a window at 0.
+pub const IO_WINDOW: usize = 0x1c;
 /// Base and limit of the 32-bit window: address bits 31:20, in bits 15:4 of each half.
 pub const MEMORY_WINDOW: usize = 0x20;
 /// Base and limit of the prefetchable window, which goes on in the next registers.
@@ -141,8 +144,8 @@ pub fn window_registers(range: &Range<u64>) -> (u32, u32, u32) {
 fn power_on_config(slot: u16) -> ConfigSpace {
     const VENDOR_RED_HAT: u16 = 0x1b36;
     const DEVICE_PCIE_ROOT_PORT: u16 = 0x000c;
-    /// Memory, Bus Master, Parity Error Response, SERR# Enable, Interrupt Disable.
-    const COMMAND_WRITABLE: u16 = 0x0546;
+    /// I/O, Memory, Bus Master, Parity Error Response, SERR# Enable, Interrupt Disable.
+    const COMMAND_WRITABLE: u16 = 0x0547;
     /// SERR# Enable and Secondary Bus Reset.
     const BRIDGE_CONTROL_WRITABLE: u16 = BRIDGE_CONTROL_SECONDARY_RESET | 1 << 1;
 
@@ -154,6 +157,7 @@ fn power_on_config(slot: u16) -> ConfigSpace {
     config.set_u32(CLASS_REVISION, CLASS_PCI_BRIDGE << 8);
     config.set_u16(HEADER_TYPE, TYPE_1);
     config.allow_u32(BUS_NUMBERS, 0x00ff_ffff);
+    config.allow_u16(IO_WINDOW, 0xf0f0);
     config.allow_u32(MEMORY_WINDOW, WINDOW_ADDRESS);
     config.set_u32(PREFETCHABLE_WINDOW, WINDOW_64_BIT);
     config.allow_u32(PREFETCHABLE_WINDOW, WINDOW_ADDRESS);
