@@ -34,6 +34,20 @@ pub enum Command {
     Boot(Box<BootArgs>),
     /// Tell what a trace file holds, in words or as a page with the interrupt vectors over time.
     Trace(TraceArgs),
+    /// Write the initramfs that `boot` with these options would make, for use with another VMM.
+    Initramfs {
+        /// The file to write.
+        #[arg(long, value_name = "FILE")]
+        output: PathBuf,
+        /// The boot's options.
+        #[command(flatten)]
+        boot: Box<BootArgs>,
+    },
+    /// Run a program in the emulated machine of nested runs, where KVM works.
+    ///
+    /// It finds there what it is given with --take and nothing else, so it is linked statically or brings its
+    /// libraries. Exit code: that of the program.
+    Level1(Level1Args),
     /// Show what this machine can do, what is missing and how to get it.
     Check {
         /// Start the emulated machine of nested runs too, and see whether its KVM runs guests.
@@ -51,6 +65,30 @@ pub enum AccelArg {
     Kvm,
     /// The same VM inside QEMU TCG with nested SVM.
     Nested,
+}
+
+/// `mana-vmm level1`.
+#[derive(Args, Debug)]
+pub struct Level1Args {
+    /// A file or folder to take along; it has the same path there.
+    #[arg(long, value_name = "PATH")]
+    pub take: Vec<PathBuf>,
+    /// Memory for the program: 512M, 2G; a bare number is MiB.
+    #[arg(long, value_name = "SIZE", default_value = "1G")]
+    memory: String,
+    /// The program and its arguments.
+    #[arg(last = true, required = true, value_name = "PROGRAM")]
+    pub argv: Vec<String>,
+}
+
+impl Level1Args {
+    /// `--memory` in bytes.
+    ///
+    /// # Errors
+    /// [`OptionError`] if it is no size.
+    pub fn memory(&self) -> Result<u64, OptionError> {
+        options::size("--memory", &self.memory)
+    }
 }
 
 /// `mana-vmm boot`.

@@ -51,6 +51,7 @@ pub fn run_job() -> Option<Result<ExitCode>> {
     Some(job(&index).and_then(|job| match job.task {
         Task::Boot(config) => vm::run(&config),
         Task::Probe => Ok(accel::kvm_runs_guests().map(|()| ExitCode::SUCCESS)?),
+        Task::Command { argv, .. } => bail!("{argv:?} is not for this program to run"),
     }))
 }
 
@@ -150,9 +151,21 @@ fn start(index: u32, job: &Job, link: &Link) -> Result<Started> {
         fifos.push(fifo);
     }
     let (input, its_input) = if job.terminal { stage::raw_pty()? } else { stage::pipe()? };
-    let mut child = Command::new("/init")
+    let mut command = match &job.task {
+        Task::Command { argv, .. } => {
+            let (program, arguments) = argv.split_first().context("a job without a program")?;
+            let mut command = Command::new(program);
+            command.args(arguments);
+            command
+        }
+        Task::Boot(_) | Task::Probe => {
+            let mut command = Command::new("/init");
+            command.env(JOB_VARIABLE, index.to_string());
+            command
+        }
+    };
+    let mut child = command
         .env_remove(INIT_VARIABLE)
-        .env(JOB_VARIABLE, index.to_string())
         .envs(job.log.iter().map(|value| ("MANA_LOG", value)))
         .stdin(its_input)
         .stdout(Stdio::piped())

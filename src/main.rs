@@ -1,11 +1,13 @@
 //! `mana-vmm`: parse the command line, do it, turn the outcome into an exit code.
 
+use std::path::Path;
 use std::process::ExitCode;
 
+use anyhow::Context;
 use clap::Parser;
 use mana_vmm::cli::{Cli, Command};
 use mana_vmm::config::{Accel, VmConfig};
-use mana_vmm::{accel, check, level1, nested, trace, vm};
+use mana_vmm::{accel, check, initramfs, level1, nested, trace, vm};
 
 /// Bad arguments or a host error.
 const FAILED: u8 = 1;
@@ -47,6 +49,12 @@ fn boot(config: VmConfig) -> anyhow::Result<ExitCode> {
     }
 }
 
+fn write_initramfs(output: &Path, config: &VmConfig) -> anyhow::Result<ExitCode> {
+    std::fs::write(output, initramfs::build(config)?)
+        .with_context(|| format!("--output: can't write {}", output.display()))?;
+    Ok(ExitCode::SUCCESS)
+}
+
 #[expect(clippy::needless_pass_by_value, reason = "the shape that unwrap_or_else wants")]
 fn fail(error: anyhow::Error) -> ExitCode {
     eprintln!("mana-vmm: {error:#}");
@@ -57,6 +65,8 @@ fn run(cli: Cli) -> anyhow::Result<ExitCode> {
     match cli.command {
         Command::Boot(args) => boot(args.into_config()?),
         Command::Trace(args) => trace::run(&args).map(|()| ExitCode::SUCCESS),
+        Command::Initramfs { output, boot } => write_initramfs(&output, &boot.into_config()?),
+        Command::Level1(args) => nested::run_command(args.argv.clone(), args.memory()?, &args.take),
         Command::Check { deep } => check::run(deep),
     }
 }

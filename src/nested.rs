@@ -112,6 +112,18 @@ pub fn probe() -> Result<()> {
     if code == 0 { Ok(()) } else { Err(Trouble::Unfit("its KVM fails the probe".to_owned()).into()) }
 }
 
+/// Runs a program in a level 1, with KVM to use; its exit code.
+///
+/// # Errors
+/// [`Trouble`], or one sentence for what can't be read or written here.
+pub fn run_command(argv: Vec<String>, memory: u64, take: &[PathBuf]) -> Result<ExitCode> {
+    let parcels = [Parcel::command(argv, memory, take)?];
+    let mut level1 = Level1::start(&parcels)?;
+    let code = level1.run(0, &parcels[0])?;
+    level1.power_off();
+    Ok(ExitCode::from(code))
+}
+
 /// A level 1 that is up.
 struct Level1 {
     machine: Machine,
@@ -130,6 +142,7 @@ impl Level1 {
         job::pack(initramfs.try_clone()?, &modules, parcels)?;
         let memory = parcels.iter().map(|parcel| match &parcel.job.task {
             Task::Boot(config) => config.memory,
+            Task::Command { memory, .. } => *memory,
             Task::Probe => 0,
         });
         let mut machine = emulator.start(&initramfs, memory.max().unwrap_or_default())?;
@@ -162,6 +175,7 @@ impl Level1 {
         self.forward_input();
         let timeout = match &parcel.job.task {
             Task::Boot(config) => config.timeout,
+            Task::Command { .. } => None,
             Task::Probe => Some(BOOT_PATIENCE),
         };
         let deadline = timeout.map(|timeout| Instant::now() + timeout + SLACK);

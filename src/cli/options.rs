@@ -49,7 +49,18 @@ pub(super) fn cpus(text: &str) -> Result<Topology, OptionError> {
 
 /// `--memory`: a number with K, M, G or T behind it; without, MiB as in QEMU.
 pub(super) fn memory(text: &str, topology: &Topology) -> Result<u64, OptionError> {
-    let error = |reason: String| OptionError::new("--memory", reason);
+    let bytes = size("--memory", text)?;
+    let granule = MEMORY_GRANULE * u64::from(topology.nodes);
+    if !bytes.is_multiple_of(granule) {
+        let reason = format!("`{text}` is not a multiple of 2M for each of {} nodes", topology.nodes);
+        return Err(OptionError::new("--memory", reason));
+    }
+    Ok(bytes)
+}
+
+/// The bytes that a size of memory stands for.
+pub(super) fn size(option: &'static str, text: &str) -> Result<u64, OptionError> {
+    let error = |reason: String| OptionError::new(option, reason);
     let digits = text.trim_end_matches(|c: char| c.is_ascii_alphabetic());
     let shift = match text[digits.len()..].to_ascii_uppercase().as_str() {
         "K" => 10,
@@ -62,10 +73,6 @@ pub(super) fn memory(text: &str, topology: &Topology) -> Result<u64, OptionError
     let bytes = bytes.ok_or_else(|| error(format!("`{text}` is not a size such as 512M or 2G")))?;
     if !(MIN_MEMORY..=MAX_MEMORY).contains(&bytes) {
         return Err(error(format!("`{text}` is not between 64M and 1T")));
-    }
-    let granule = MEMORY_GRANULE * u64::from(topology.nodes);
-    if !bytes.is_multiple_of(granule) {
-        return Err(error(format!("`{text}` is not a multiple of 2M for each of {} nodes", topology.nodes)));
     }
     Ok(bytes)
 }

@@ -3,8 +3,10 @@
 //! A file that a job reads has in level 1 the path it has here, below [`INPUTS`], so that messages about it make sense
 //! to the user. A file that it writes is a FIFO there, whose bytes are sent to the file here as they come.
 
+use std::collections::HashSet;
 use std::fs::File;
-use std::io::{self, BufWriter};
+use std::io::{self, BufWriter, Write};
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail};
@@ -31,6 +33,13 @@ pub enum Task {
     Probe,
     /// Boot a guest.
     Boot(Box<VmConfig>),
+    /// Run a program.
+    Command {
+        /// The program's path and its arguments.
+        argv: Vec<String>,
+        /// Bytes of memory that it is to find.
+        memory: u64,
+    },
 }
 
 /// One thing to run in level 1.
@@ -60,8 +69,8 @@ pub struct Orders {
 pub struct Parcel {
     /// The job, for level 1.
     pub job: Job,
-    /// Files of this machine that go along.
-    inputs: Vec<PathBuf>,
+    /// Files of this machine that go along, and their paths there.
+    inputs: Vec<(PathBuf, PathBuf)>,
     /// Files that go along and exist only there.
     made: Vec<(String, Vec<u8>)>,
     /// Files of this machine for the job's outputs, in the order of [`Job::outputs`], each with the option it is of.
@@ -125,8 +134,35 @@ impl Parcel {
     fn take(&mut self, file: &Path) -> Result<PathBuf> {
         let here = file.canonicalize().with_context(|| format!("can't find {}", file.display()))?;
         let there = Path::new(INPUTS).join(here.strip_prefix("/").unwrap_or(&here));
-        self.inputs.push(here);
+        self.inputs.push((here, there.clone()));
         Ok(there)
+    }
+
+    /// A program with its arguments, and the files and folders that go along: there they have the paths they have
+    /// here.
+    ///
+    /// # Errors
+    /// One sentence when a file is missing.
+    pub fn command(argv: Vec<String>, memory: u64, take: &[PathBuf]) -> Result<Self> {
+        let mut parcel = Self::probe();
+        for path in take {
+            let path = std::path::absolute(path)?;
+            parcel.take_tree(&path).with_context(|| format!("can't take {} along", path.display()))?;
+        }
+        parcel.job.task = Task::Command { argv, memory };
+        parcel.job.log = std::env::var("MANA_LOG").ok();
+        Ok(parcel)
+    }
+
+    fn take_tree(&mut self, path: &Path) -> io::Result<()> {
+        if path.symlink_metadata()?.is_dir() {
+            for entry in std::fs::read_dir(path)? {
+                self.take_tree(&entry?.path())?;
+            }
+        } else {
+            self.inputs.push((path.to_owned(), path.to_owned()));
+        }
+        Ok(())
     }
 }
 
@@ -148,15 +184,11 @@ pub fn pack(out: File, modules: &[Module], parcels: &[Parcel]) -> Result<()> {
         archive.file(&path, 0o644, &module.image)?;
         orders.modules.push(path.into());
     }
-    let mut packed = Vec::new();
+    let mut packed = HashSet::new();
     for parcel in parcels {
-        for file in &parcel.inputs {
-            if !packed.contains(&file) {
-                let path = file.to_str().context("a nested run needs file names in UTF-8")?;
-                archive
-                    .copy(&format!("{INPUTS}{path}"), 0o644, file)
-                    .with_context(|| format!("can't read {path}"))?;
-                packed.push(file);
+        for (here, there) in &parcel.inputs {
+            if packed.insert(there) {
+                add(&mut archive, here, there).with_context(|| format!("can't read {}", here.display()))?;
             }
         }
         for (path, content) in &parcel.made {
@@ -166,6 +198,19 @@ pub fn pack(out: File, modules: &[Module], parcels: &[Parcel]) -> Result<()> {
     }
     archive.file(ORDERS, 0o644, &serde_json::to_vec(&orders)?)?;
     archive.finish()?.into_inner().map_err(io::IntoInnerError::into_error)?;
+    Ok(())
+}
+
+/// Adds a file, or a symbolic link as what it is.
+fn add(archive: &mut Archive<impl Write>, here: &Path, there: &Path) -> Result<()> {
+    const UTF8: &str = "a nested run needs file names in UTF-8";
+    let there = there.to_str().context(UTF8)?;
+    let metadata = here.symlink_metadata()?;
+    if metadata.is_symlink() {
+        archive.symlink(there, std::fs::read_link(here)?.to_str().context(UTF8)?)?;
+    } else {
+        archive.copy(there, metadata.mode() & 0o777, here)?;
+    }
     Ok(())
 }
 
