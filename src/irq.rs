@@ -54,6 +54,33 @@ impl Trigger for IrqLine {
     }
 }
 
+/// A level-triggered pin of the I/O APIC.
+pub struct LevelLine {
+    vm: Arc<VmFd>,
+    gsi: u32,
+}
+
+impl LevelLine {
+    /// The pin with number `gsi`.
+    pub fn new(vm: Arc<VmFd>, gsi: u32) -> Self {
+        Self { vm, gsi }
+    }
+}
+
+/// Drives a level-triggered interrupt.
+pub trait Level: Send + Sync {
+    /// Assert or deassert the interrupt.
+    fn set(&self, asserted: bool);
+}
+
+impl Level for LevelLine {
+    fn set(&self, asserted: bool) {
+        if let Err(error) = self.vm.set_irq_line(self.gsi, asserted) {
+            warn_limited!("GSI {}: KVM_IRQ_LINE: {error}", self.gsi);
+        }
+    }
+}
+
 /// The messages of one function's MSI-X vectors.
 pub struct MsiRoutes {
     vm: Arc<VmFd>,

@@ -20,6 +20,30 @@ const KICK_INTERVAL: Duration = Duration::from_millis(2);
 pub struct Vcpu {
     index: u32,
     fd: VcpuFd,
+    exits: Exits,
+}
+
+/// How often a CPU came out of the guest, and what for: each time costs as much as thousands of its instructions.
+#[derive(Debug, Default)]
+struct Exits {
+    port_reads: u64,
+    port_writes: u64,
+    mmio_reads: u64,
+    mmio_writes: u64,
+    others: u64,
+}
+
+impl Exits {
+    fn count(&mut self, exit: &Result<VcpuExit<'_>, kvm_ioctls::Error>) {
+        let counter = match exit {
+            Ok(VcpuExit::IoIn(..)) => &mut self.port_reads,
+            Ok(VcpuExit::IoOut(..)) => &mut self.port_writes,
+            Ok(VcpuExit::MmioRead(..)) => &mut self.mmio_reads,
+            Ok(VcpuExit::MmioWrite(..)) => &mut self.mmio_writes,
+            _ => &mut self.others,
+        };
+        *counter += 1;
+    }
 }
 
 impl Vcpu {
@@ -32,7 +56,7 @@ impl Vcpu {
             vm.create_vcpu(u64::from(apic_id)).with_context(|| format!("KVM_CREATE_VCPU for CPU {index}"))?;
         fd.set_cpuid2(cpuid).with_context(|| format!("KVM_SET_CPUID2 for CPU {index}"))?;
         boot::set_msrs(&fd)?;
-        Ok(Self { index, fd })
+        Ok(Self { index, fd, exits: Exits::default() })
     }
 
     /// Let this CPU begin at the kernel's entry point. The others wait for its INIT and SIPI.
@@ -52,12 +76,15 @@ impl Vcpu {
                 stop.request(outcome);
             }
         }
+        log::info!("CPU {}: {:?}", self.index, self.exits);
     }
 
     /// Run guest code until it needs us, and serve it.
     fn run_once(&mut self, bus: &Bus) -> Result<(), Outcome> {
         let index = self.index;
-        match self.fd.run() {
+        let exit = self.fd.run();
+        self.exits.count(&exit);
+        match exit {
             Ok(VcpuExit::MmioRead(address, data)) => bus.mmio_read(address, data),
             Ok(VcpuExit::MmioWrite(address, data)) => bus.mmio_write(address, data),
             Ok(VcpuExit::IoIn(port, data)) => bus.port_read(port, data),

@@ -20,7 +20,7 @@ use crate::bus::Bus;
 use crate::clock::MonotonicClock;
 use crate::config::VmConfig;
 use crate::events::{EventLoop, Signals, StopListener, Timeout};
-use crate::irq::{self, IrqLine};
+use crate::irq::{self, IrqLine, LevelLine};
 use crate::legacy::{
     AcpiPm, AgentPort, Console, ConsoleTimers, I8042, Pvpanic, Rtc, RtcAlarm, SerialInput, SerialPort,
 };
@@ -116,6 +116,7 @@ struct Machine {
     agent: Arc<AgentPort>,
     console: Arc<Console>,
     stop: Arc<Stop>,
+    clock: Arc<dyn Clock>,
     _vm: Arc<VmFd>,
     _memory: GuestMemoryMmap,
 }
@@ -160,11 +161,13 @@ impl Machine {
             BootSource { kernel: &config.kernel, initrd: &initrd, command_line: &command_line, rsdp };
         let entry = boot::load(&memory, &source)?;
         vcpus.first().context("--cpus: there must be one")?.set_entry(&entry)?;
-        Ok(Self { events, vcpus, nics, bus: Arc::new(bus), agent, console, stop, _vm: vm, _memory: memory })
+        let (bus, clock) = (Arc::new(bus), outside.clock.clone());
+        Ok(Self { events, vcpus, nics, bus, agent, console, stop, clock, _vm: vm, _memory: memory })
     }
 
     /// Run until something ends it; the answer is what, and the status of the `--exec` command.
     fn run(mut self) -> anyhow::Result<(Outcome, Option<i32>)> {
+        log::info!("{} ms: the CPUs start", self.clock.now_ns() / 1_000_000);
         let vcpus = Vcpus::start(std::mem::take(&mut self.vcpus), &self.bus, &self.stop)?;
         let outcome = loop {
             self.events.run().context("event loop")?;
@@ -172,6 +175,7 @@ impl Machine {
                 break outcome.clone();
             }
         };
+        log::info!("{} ms: {outcome:?}", self.clock.now_ns() / 1_000_000);
         drop(vcpus);
         self.nics.into_iter().try_for_each(Nic::finish)?;
         self.console.flush();
@@ -187,7 +191,7 @@ impl Machine {
 /// The devices at fixed ports.
 fn add_legacy_devices(
     config: &VmConfig,
-    vm: &VmFd,
+    vm: &Arc<VmFd>,
     bus: &mut Bus,
     events: &mut EventLoop,
     console: &Arc<Console>,
@@ -195,12 +199,14 @@ fn add_legacy_devices(
     stop: &Arc<Stop>,
 ) -> anyhow::Result<()> {
     let serial = Arc::new(SerialPort::new(IrqLine::new(vm, layout::SERIAL_GSI)?, console.clone())?);
-    let rtc = Arc::new(Rtc::new(IrqLine::new(vm, layout::RTC_GSI)?)?);
+    let sci = LevelLine::new(vm.clone(), layout::SCI_GSI);
+    let pm = Arc::new(AcpiPm::new(Box::new(sci), stop.clone()));
+    let rtc = Arc::new(Rtc::new(IrqLine::new(vm, layout::RTC_GSI)?, pm.clone())?);
     bus.add_ports(layout::SERIAL_PORT, 8, serial.clone())?;
     bus.add_ports(layout::RTC_PORT, 2, rtc.clone())?;
     bus.add_ports(layout::I8042_COMMAND_PORT, 1, Arc::new(I8042::new(stop.clone())))?;
     bus.add_ports(layout::PVPANIC_PORT, 1, Arc::new(Pvpanic::new(stop.clone())))?;
-    bus.add_ports(layout::PM1A_EVENT_PORT, AcpiPm::PORTS, Arc::new(AcpiPm::new(stop.clone())))?;
+    bus.add_ports(layout::PM1A_EVENT_PORT, AcpiPm::PORTS, pm)?;
     bus.add_ports(layout::AGENT_PORT, 1, agent.clone())?;
     events.add_subscriber(Box::new(ConsoleTimers::new(console.clone())));
     events.add_subscriber(Box::new(RtcAlarm::new(rtc)));

@@ -1,39 +1,70 @@
-//! ACPI's fixed hardware: power-off by PM1 control, and the reset register. There are no fixed events to signal;
-//! the event registers only keep what the guest enables.
+//! ACPI's fixed hardware: events that raise the SCI (the RTC's alarm is the only one that happens), power-off by PM1
+//! control, and the reset register.
 
-use std::sync::Arc;
-use std::sync::atomic::{AtomicU16, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use vm_device::DevicePio;
 use vm_device::bus::{PioAddress, PioAddressOffset};
 
+use crate::irq::Level;
 use crate::layout::{PM1A_CONTROL_PORT, PM1A_EVENT_PORT, RESET_PORT, RESET_VALUE, S5_SLEEP_TYPE};
 use crate::stop::{Outcome, Stop};
 
+/// `RTC_STS` and `RTC_EN` (ACPI 6.5, 4.8.4.1).
+const RTC_EVENT: u16 = 1 << 10;
 /// `SCI_EN`: the machine is in ACPI mode, since there is no other.
 const SCI_EN: u16 = 1 << 0;
 const SLP_TYP_SHIFT: u16 = 10;
 const SLP_TYP_MASK: u16 = 7;
 const SLP_EN: u16 = 1 << 13;
 
-/// Offset of PM1_EN in the event block, whose first half is PM1_STS.
+/// PM1_STS; a 1 written clears the bit.
+const STATUS: u16 = 0;
+/// PM1_EN.
 const ENABLE: u16 = 2;
 const CONTROL: u16 = PM1A_CONTROL_PORT - PM1A_EVENT_PORT;
 const RESET: u16 = RESET_PORT - PM1A_EVENT_PORT;
 
-/// PM1a event block, PM1a control block and reset register: 7 ports from [`PM1A_EVENT_PORT`] on.
+/// PM1a event block, PM1a control block and reset register: [`PORTS`](Self::PORTS) ports from [`PM1A_EVENT_PORT`] on.
 pub struct AcpiPm {
-    enable: AtomicU16,
+    events: Mutex<Events>,
+    sci: Box<dyn Level>,
     stop: Arc<Stop>,
+}
+
+#[derive(Default)]
+struct Events {
+    status: u16,
+    enable: u16,
 }
 
 impl AcpiPm {
     /// Ports that it answers.
     pub const PORTS: u16 = RESET + 1;
 
-    /// Power-off and reset go to `stop`.
-    pub fn new(stop: Arc<Stop>) -> Self {
-        Self { enable: AtomicU16::new(0), stop }
+    /// Events go to `sci`, power-off and reset to `stop`.
+    pub fn new(sci: Box<dyn Level>, stop: Arc<Stop>) -> Self {
+        Self { events: Mutex::default(), sci, stop }
+    }
+
+    /// The RTC's alarm has come, which can wake a guest from suspend-to-idle.
+    pub fn rtc_alarm(&self) {
+        self.change(|events| events.status |= RTC_EVENT);
+    }
+
+    fn events(&self) -> MutexGuard<'_, Events> {
+        self.events.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The SCI follows the events, in the order in which they change.
+    fn change(&self, change: impl FnOnce(&mut Events)) {
+        let mut events = self.events();
+        let asserted = |events: &Events| events.status & events.enable != 0;
+        let before = asserted(&events);
+        change(&mut events);
+        if asserted(&events) != before {
+            self.sci.set(!before);
+        }
     }
 
     fn write_control(&self, value: u16) {
@@ -47,7 +78,8 @@ impl AcpiPm {
 impl DevicePio for AcpiPm {
     fn pio_read(&self, _: PioAddress, offset: PioAddressOffset, data: &mut [u8]) {
         let value = match offset {
-            ENABLE => self.enable.load(Ordering::Relaxed),
+            STATUS => self.events().status,
+            ENABLE => self.events().enable,
             CONTROL => SCI_EN,
             _ => 0,
         };
@@ -62,7 +94,8 @@ impl DevicePio for AcpiPm {
             [] => return,
         };
         match offset {
-            ENABLE => self.enable.store(value, Ordering::Relaxed),
+            STATUS => self.change(|events| events.status &= !value),
+            ENABLE => self.change(|events| events.enable = value),
             CONTROL => self.write_control(value),
             RESET if value == u16::from(RESET_VALUE) => self.stop.request(Outcome::Reset),
             _ => {}
@@ -72,11 +105,31 @@ impl DevicePio for AcpiPm {
 
 #[cfg(test)]
 mod tests {
+    use std::sync::atomic::{AtomicBool, Ordering};
+
     use super::*;
+
+    #[derive(Clone, Default)]
+    struct Sci(Arc<AtomicBool>);
+
+    impl Level for Sci {
+        fn set(&self, asserted: bool) {
+            assert_ne!(self.0.swap(asserted, Ordering::Relaxed), asserted, "only changes are told");
+        }
+    }
+
+    fn pm(stop: &Arc<Stop>) -> (AcpiPm, Sci) {
+        let sci = Sci::default();
+        (AcpiPm::new(Box::new(sci.clone()), stop.clone()), sci)
+    }
+
+    fn write(pm: &AcpiPm, port: u16, data: &[u8]) {
+        pm.pio_write(PioAddress(PM1A_EVENT_PORT), port - PM1A_EVENT_PORT, data);
+    }
 
     fn after_write(port: u16, data: &[u8]) -> Option<Outcome> {
         let stop = Stop::new().unwrap();
-        AcpiPm::new(stop.clone()).pio_write(PioAddress(PM1A_EVENT_PORT), port - PM1A_EVENT_PORT, data);
+        write(&pm(&stop).0, port, data);
         stop.outcome().cloned()
     }
 
@@ -98,9 +151,23 @@ mod tests {
 
     #[test]
     fn the_machine_is_in_acpi_mode() {
-        let pm = AcpiPm::new(Stop::new().unwrap());
+        let (pm, _) = pm(&Stop::new().unwrap());
         let mut data = [0xff; 4];
         pm.pio_read(PioAddress(PM1A_EVENT_PORT), CONTROL, &mut data);
         assert_eq!(u32::from_le_bytes(data), u32::from(SCI_EN));
+    }
+
+    #[test]
+    fn an_enabled_event_raises_the_sci_until_it_is_cleared() {
+        let (pm, sci) = pm(&Stop::new().unwrap());
+        let asserted = || sci.0.load(Ordering::Relaxed);
+        pm.rtc_alarm();
+        assert!(!asserted(), "not enabled");
+        write(&pm, PM1A_EVENT_PORT + ENABLE, &RTC_EVENT.to_le_bytes());
+        assert!(asserted());
+        write(&pm, PM1A_EVENT_PORT, &(!RTC_EVENT).to_le_bytes());
+        assert!(asserted(), "another bit was cleared");
+        write(&pm, PM1A_EVENT_PORT, &RTC_EVENT.to_le_bytes());
+        assert!(!asserted());
     }
 }

@@ -13,6 +13,7 @@ use vm_superio::Trigger;
 use vmm_sys_util::epoll::EventSet;
 use vmm_sys_util::timerfd::TimerFd;
 
+use super::AcpiPm;
 use crate::irq::IrqLine;
 
 // Register numbers (MC146818 data sheet, figure 10).
@@ -48,6 +49,7 @@ const SECONDS_PER_DAY: u64 = 24 * 60 * 60;
 pub struct Rtc {
     state: Mutex<State>,
     line: IrqLine,
+    pm: Arc<AcpiPm>,
 }
 
 struct State {
@@ -60,14 +62,14 @@ struct State {
 }
 
 impl Rtc {
-    /// A clock whose alarm interrupts by `line`.
+    /// A clock whose alarm interrupts by `line` and is an event of `pm`.
     ///
     /// # Errors
     /// The host has no timer left.
-    pub fn new(line: IrqLine) -> anyhow::Result<Self> {
+    pub fn new(line: IrqLine, pm: Arc<AcpiPm>) -> anyhow::Result<Self> {
         let timer = TimerFd::new().context("no timer descriptor")?;
         let state = State { index: 0, alarm: [0; 3], alarm_enabled: false, flags: 0, timer };
-        Ok(Self { state: Mutex::new(state), line })
+        Ok(Self { state: Mutex::new(state), line, pm })
     }
 
     fn state(&self) -> MutexGuard<'_, State> {
@@ -75,6 +77,7 @@ impl Rtc {
     }
 
     fn alarm(&self) {
+        self.pm.rtc_alarm();
         let mut state = self.state();
         state.flags |= C_ALARM | C_IRQ;
         state.arm();
