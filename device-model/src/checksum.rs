@@ -2,6 +2,24 @@
 
 use crate::packet::{Ip, IpVersion, Protocol};
 
+/// From how many bytes on it pays to add in lanes.
+const LONG: usize = 128;
+
+/// The sum of the 32-bit words of whole blocks, and what is left of `bytes`. Independent lanes, so that there are
+/// no carries to chase and the compiler makes vector code of it.
+fn add_blocks(bytes: &[u8]) -> (u64, &[u8]) {
+    const LANES: usize = 8;
+    let mut lanes = [0u64; LANES];
+    let (blocks, rest) = bytes.as_chunks::<{ 4 * LANES }>();
+    for block in blocks {
+        let (words, _) = block.as_chunks::<4>();
+        for (lane, word) in lanes.iter_mut().zip(words) {
+            *lane += u64::from(u32::from_ne_bytes(*word));
+        }
+    }
+    (lanes.iter().sum(), rest)
+}
+
 /// A running ones' complement sum of 16-bit words.
 ///
 /// Kept in the byte order of memory, which RFC 1071 allows: only the folded result is put in order.
@@ -13,20 +31,12 @@ impl Sum {
     /// Add `bytes`, which start at an even offset of what is summed; an odd last byte is padded with zero.
     #[inline]
     pub fn add_bytes(self, bytes: &[u8]) -> Self {
-        // Independent lanes of 32-bit words in 64-bit sums: no carries to chase, and the compiler makes vector
-        // code of it.
-        const LANES: usize = 8;
-        let mut lanes = [0u64; LANES];
-        let (blocks, rest) = bytes.as_chunks::<{ 4 * LANES }>();
-        for block in blocks {
-            let (words, _) = block.as_chunks::<4>();
-            for (lane, word) in lanes.iter_mut().zip(words) {
-                *lane += u64::from(u32::from_ne_bytes(*word));
-            }
-        }
+        let (long, rest) = match bytes.len() {
+            0..LONG => (0, bytes),
+            _ => add_blocks(bytes),
+        };
         let (words, rest) = rest.as_chunks::<4>();
-        let mut sum = lanes.iter().sum::<u64>();
-        sum += words.iter().map(|word| u64::from(u32::from_ne_bytes(*word))).sum::<u64>();
+        let sum = words.iter().fold(long, |sum, word| sum + u64::from(u32::from_ne_bytes(*word)));
         let mut tail = [0; 4];
         for (to, from) in tail.iter_mut().zip(rest) {
             *to = *from;

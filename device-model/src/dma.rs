@@ -45,17 +45,34 @@ impl Dma {
 ///
 /// # Errors
 /// [`DmaError`] if any byte is outside guest memory.
+#[inline]
 pub fn read(memory: &GuestMemoryMmap, address: u64, data: &mut [u8]) -> Result<(), DmaError> {
     let len = data.len();
-    memory.read_slice(data, GuestAddress(address)).map_err(|_| DmaError { address, len })
+    match memory.get_slice(GuestAddress(address), len) {
+        Ok(slice) => {
+            slice.copy_to(data);
+            Ok(())
+        }
+        // Several regions, or none.
+        Err(_) => memory.read_slice(data, GuestAddress(address)).map_err(|_| DmaError { address, len }),
+    }
 }
 
 /// Write `data` to bus address `address`.
 ///
 /// # Errors
 /// [`DmaError`] if any byte is outside guest memory; bytes before it may have been written.
+#[inline]
 pub fn write(memory: &GuestMemoryMmap, address: u64, data: &[u8]) -> Result<(), DmaError> {
-    memory.write_slice(data, GuestAddress(address)).map_err(|_| DmaError { address, len: data.len() })
+    let len = data.len();
+    match memory.get_slice(GuestAddress(address), len) {
+        Ok(slice) => {
+            slice.copy_from(data);
+            Ok(())
+        }
+        // Several regions, or none.
+        Err(_) => memory.write_slice(data, GuestAddress(address)).map_err(|_| DmaError { address, len }),
+    }
 }
 
 /// Append the memory at bus address `address` to `slices`: one piece unless it straddles regions of guest memory.
@@ -69,18 +86,33 @@ pub fn slices<'m, const N: usize>(
     len: usize,
     slices: &mut ArrayVec<VolatileSlice<'m>, N>,
 ) -> Result<(), DmaError> {
+    let error = DmaError { address, len };
+    if let Ok(slice) = memory.get_slice(GuestAddress(address), len) {
+        return slices.try_push(slice).map_err(|_| error);
+    }
     for slice in memory.get_slices(GuestAddress(address), len) {
-        slice.ok().and_then(|slice| slices.try_push(slice).ok()).ok_or(DmaError { address, len })?;
+        slice.ok().and_then(|slice| slices.try_push(slice).ok()).ok_or(error)?;
     }
     Ok(())
 }
 
-/// Store the last word of a queue entry, after everything written before it has become visible.
+/// Write a queue entry at bus address `address`, see [`publish`].
 ///
 /// # Errors
-/// [`DmaError`] if the word is outside guest memory or not aligned.
-pub fn publish(memory: &GuestMemoryMmap, address: u64, word: u32) -> Result<(), DmaError> {
-    memory
-        .store(word.to_le(), GuestAddress(address), Ordering::Release)
-        .map_err(|_| DmaError { address, len: size_of::<u32>() })
+/// [`DmaError`] if the entry is outside guest memory or its last word not aligned.
+pub fn publish_at(memory: &GuestMemoryMmap, address: u64, body: &[u8], last: u32) -> Result<(), DmaError> {
+    let len = body.len() + size_of::<u32>();
+    let entry = memory.get_slice(GuestAddress(address), len).map_err(|_| DmaError { address, len })?;
+    publish(&entry, body, last)
+}
+
+/// Write a queue entry: `body`, then, visible only after everything before it, the word `last`.
+///
+/// # Errors
+/// [`DmaError`] if the entry has no room for that, or its last word is not aligned.
+#[inline]
+pub fn publish(entry: &VolatileSlice<'_>, body: &[u8], last: u32) -> Result<(), DmaError> {
+    entry.copy_from(body);
+    let stored = entry.store(last.to_le(), body.len(), Ordering::Release);
+    stored.map_err(|_| DmaError { address: u64::MAX, len: body.len() })
 }

@@ -132,7 +132,7 @@ impl Hwc {
     }
     fn step(&mut self, card: &Card, memory: &GuestMemoryMmap, objects: &mut Objects, seq: &mut u64) -> Step {
         let tail = card.queues.sq(HWC_QUEUE).map_or(0, Slot::tail);
-        match self.sq.fetch(memory, tail, &mut self.wqe) {
+        match self.sq.fetch(&self.sq.view(memory), tail, &mut self.wqe) {
             Ok(false) => return Step::Rest(tail),
             Ok(true) => {}
             Err(error) => {
@@ -165,7 +165,7 @@ impl Hwc {
     /// them runs the channel again.
     fn reserve(&mut self, card: &Card, memory: &GuestMemoryMmap) -> bool {
         let tail = card.queues.rq(HWC_QUEUE).map_or(0, Slot::tail);
-        match self.rq.fetch(memory, tail, &mut self.buffer) {
+        match self.rq.fetch(&self.rq.view(memory), tail, &mut self.buffer) {
             Ok(true) => {}
             Ok(false) => return false,
             Err(error) => {
@@ -257,7 +257,8 @@ impl Hwc {
     /// Post the completion of the send WQE and, with the bytes that were sent, of the receive WQE.
     fn complete(&self, card: &Card, memory: &GuestMemoryMmap, sent: Option<usize>) {
         let posted = card.queues.complete(memory, HWC_QUEUE, |cq| {
-            cq.post(memory, &[0; Cqe::DATA], HWC_QUEUE, true)?;
+            let view = cq.view(memory);
+            cq.post(&view, &[0; Cqe::DATA], HWC_QUEUE, true)?;
             let Some(sent) = sent else { return Ok(()) };
             let oob = RxOob {
                 wqe_offset: self.rq.head().into(),
@@ -266,7 +267,7 @@ impl Hwc {
             };
             let mut data = [0; Cqe::DATA];
             data.iter_mut().zip(oob.as_bytes()).for_each(|(to, from)| *to = *from);
-            cq.post(memory, &data, HWC_QUEUE, false)
+            cq.post(&view, &data, HWC_QUEUE, false)
         });
         if !matches!(posted, Some(Ok(()))) {
             count!(card.core.counters.hwc_lost_responses, "the channel's completion could not be posted");

@@ -3,7 +3,7 @@
 //! The driver creates a region (GDMA_CREATE_DMA_REGION, more pages with GDMA_DMA_REGION_ADD_PAGES), then names it
 //! in the command that makes a queue, which takes the region over.
 
-use vm_memory::GuestMemoryMmap;
+use vm_memory::{GuestAddress, GuestMemoryBackend, GuestMemoryMmap, VolatileSlice};
 
 use crate::dma::{self, DmaError};
 
@@ -152,9 +152,18 @@ impl RingMemory {
     pub fn size(&self) -> u32 {
         self.size
     }
+    /// A free running offset as one in the ring.
+    #[inline]
+    fn wrap(&self, offset: u32) -> u32 {
+        match self.size {
+            size if offset < size => offset,
+            size if size.is_power_of_two() => offset & (size - 1),
+            size => offset % size,
+        }
+    }
     /// Bus address of the byte at `offset`, and how many bytes from there on lie in one piece.
     fn locate(&self, offset: u32) -> Result<(u64, usize), DmaError> {
-        let offset = offset % self.size;
+        let offset = self.wrap(offset);
         let to_end = self.size - offset;
         let found = match &self.layout {
             Layout::Contiguous(base) => base.checked_add(offset.into()).map(|address| (address, to_end)),
@@ -171,12 +180,39 @@ impl RingMemory {
             .map(|(address, len)| (address, len as usize))
             .ok_or(DmaError { address: u64::MAX, len: to_end as usize })
     }
+    /// The ring in `memory`, for a batch of reads or writes.
+    pub fn view<'m>(&self, memory: &'m GuestMemoryMmap) -> RingView<'m> {
+        let whole = match self.layout {
+            Layout::Contiguous(base) => memory.get_slice(GuestAddress(base), self.size as usize).ok(),
+            Layout::Paged { .. } => None,
+        };
+        RingView { memory, whole }
+    }
+    /// The part of the ring from `offset` on as one piece, if `view` has it as one.
+    #[inline]
+    fn piece<'m>(&self, view: &RingView<'m>, offset: u32, len: usize) -> Option<VolatileSlice<'m>> {
+        view.whole.as_ref()?.subslice(self.wrap(offset) as usize, len).ok()
+    }
     /// Fill `data` from `offset` on.
     ///
     /// # Errors
     /// [`DmaError`] if a page is not guest memory.
-    pub fn read(&self, memory: &GuestMemoryMmap, offset: u32, mut data: &mut [u8]) -> Result<(), DmaError> {
-        let mut offset = offset;
+    #[inline]
+    pub fn read(&self, view: &RingView<'_>, offset: u32, data: &mut [u8]) -> Result<(), DmaError> {
+        match self.piece(view, offset, data.len()) {
+            Some(piece) => {
+                piece.copy_to(data);
+                Ok(())
+            }
+            None => self.read_pages(view.memory, offset, data),
+        }
+    }
+    fn read_pages(
+        &self,
+        memory: &GuestMemoryMmap,
+        mut offset: u32,
+        mut data: &mut [u8],
+    ) -> Result<(), DmaError> {
         while !data.is_empty() {
             let (address, contiguous) = self.locate(offset)?;
             let (now, later) = data.split_at_mut(contiguous.min(data.len()));
@@ -191,18 +227,23 @@ impl RingMemory {
     ///
     /// # Errors
     /// [`DmaError`] if the page is not guest memory.
-    pub fn publish(
-        &self,
-        memory: &GuestMemoryMmap,
-        offset: u32,
-        body: &[u8],
-        last: u32,
-    ) -> Result<(), DmaError> {
-        let (address, _) = self.locate(offset)?;
-        let word = address.checked_add(body.len() as u64).ok_or(DmaError { address, len: body.len() + 4 })?;
-        dma::write(memory, address, body)?;
-        dma::publish(memory, word, last)
+    #[inline]
+    pub fn publish(&self, view: &RingView<'_>, offset: u32, body: &[u8], last: u32) -> Result<(), DmaError> {
+        match self.piece(view, offset, body.len() + size_of::<u32>()) {
+            Some(piece) => dma::publish(&piece, body, last),
+            None => {
+                let (address, _) = self.locate(offset)?;
+                dma::publish_at(view.memory, address, body, last)
+            }
+        }
     }
+}
+
+/// A ring's place in guest memory: looked up once where its pages follow one another.
+#[derive(Clone, Copy, Debug)]
+pub struct RingView<'m> {
+    memory: &'m GuestMemoryMmap,
+    whole: Option<VolatileSlice<'m>>,
 }
 
 #[cfg(test)]
@@ -249,11 +290,11 @@ mod tests {
         region.add_pages([0x5000, 0x3000].into_iter()).expect("pages");
         let ring = region.ring(8192).expect("ring");
         let mut data = [0; 8];
-        ring.read(&memory, 4092, &mut data).expect("read");
+        ring.read(&ring.view(&memory), 4092, &mut data).expect("read");
         assert_eq!(data, [1, 1, 1, 1, 2, 2, 2, 2]);
-        ring.read(&memory, 8188, &mut data).expect("read");
+        ring.read(&ring.view(&memory), 8188, &mut data).expect("read");
         assert_eq!(data, [2, 2, 2, 2, 1, 1, 1, 1]);
-        ring.publish(&memory, 4096, &[7; 60], 9).expect("publish");
+        ring.publish(&ring.view(&memory), 4096, &[7; 60], 9).expect("publish");
         assert_eq!(memory.read_obj::<u32>(GuestAddress(0x303c)).expect("word"), 9);
     }
 
@@ -261,7 +302,7 @@ mod tests {
     fn pages_outside_memory_are_errors() {
         let memory = memory();
         let ring = RingMemory::page(0xffff_ffff_ffff_f000);
-        assert!(ring.read(&memory, 0, &mut [0; 8]).is_err());
-        assert!(ring.publish(&memory, 4032, &[0; 60], 0).is_err());
+        assert!(ring.read(&ring.view(&memory), 0, &mut [0; 8]).is_err());
+        assert!(ring.publish(&ring.view(&memory), 4032, &[0; 60], 0).is_err());
     }
 }

@@ -14,7 +14,7 @@ use vm_memory::GuestMemoryMmap;
 use zerocopy::{FromBytes, IntoBytes};
 
 use crate::dma::DmaError;
-use crate::region::RingMemory;
+use crate::region::{RingMemory, RingView};
 use crate::wire::queue::{
     BASIC_UNIT, Cqe, Eqe, EventEntry, MAX_RQ_WQE, MAX_SQ_WQE, OWNER_SHIFT, Sge, WqeHeader,
 };
@@ -45,6 +45,9 @@ pub enum WqeError {
     #[error(transparent)]
     Dma(#[from] DmaError),
 }
+
+/// Bytes of a WQE that are read before its length is known.
+const FIRST_READ: usize = 2 * BASIC_UNIT as usize;
 
 /// A WQE as it was when read: the guest can change it no more. Reuse one for many.
 #[derive(Debug)]
@@ -127,17 +130,23 @@ impl WorkQueue {
         }
         Ok(posted)
     }
+    /// The ring in `memory`, for a batch of [`fetch`](Self::fetch)es.
+    pub fn view<'m>(&self, memory: &'m GuestMemoryMmap) -> RingView<'m> {
+        self.memory.view(memory)
+    }
     /// Read the WQE at the head into `wqe`; `false` if there is none. The head stays where it is.
     ///
     /// # Errors
     /// [`WqeError`]; what follows the head can't be told apart then: [`discard`](Self::discard) it.
-    pub fn fetch(&self, memory: &GuestMemoryMmap, tail: u32, wqe: &mut Wqe) -> Result<bool, WqeError> {
+    #[inline]
+    pub fn fetch(&self, view: &RingView<'_>, tail: u32, wqe: &mut Wqe) -> Result<bool, WqeError> {
         let posted = self.posted(tail)? as usize;
         if posted == 0 {
             return Ok(false);
         }
-        let (first, rest) = wqe.raw.split_at_mut(BASIC_UNIT as usize);
-        self.memory.read(memory, self.head, first)?;
+        // Most WQEs are one or two basic units: one read.
+        let (first, rest) = wqe.raw.split_at_mut(posted.min(FIRST_READ));
+        self.memory.read(view, self.head, first)?;
         wqe.header = WqeHeader::read_from_prefix(first).map(|(header, _)| header).unwrap_or_default();
         let len = wqe.header.wqe_len();
         let available = posted.min(self.max_wqe);
@@ -146,8 +155,10 @@ impl WorkQueue {
             wqe.header = WqeHeader::default();
             return Err(WqeError::Length { len, available });
         }
-        let rest = rest.get_mut(..len - BASIC_UNIT as usize).unwrap_or_default();
-        self.memory.read(memory, self.head.wrapping_add(BASIC_UNIT), rest)?;
+        if let Some(missing @ 1..) = len.checked_sub(first.len()) {
+            let rest = rest.get_mut(..missing).unwrap_or_default();
+            self.memory.read(view, self.head.wrapping_add(first.len() as u32), rest)?;
+        }
         Ok(true)
     }
     /// The WQE just fetched is consumed.
@@ -177,6 +188,9 @@ pub struct Rung {
 struct Cursor {
     entries: u64,
     producer: u64,
+    /// Slot of the next entry, and its lap modulo 8: the producer's index, without the divisions.
+    slot: u32,
+    lap: u32,
     consumer: u64,
     /// Notify once the producer passes this.
     armed_at: Option<u64>,
@@ -186,7 +200,7 @@ impl Cursor {
     /// Queues are born armed: the driver waits for the first event of a queue that it has never rung.
     fn new(entries: u32) -> Self {
         let entries = u64::from(entries.max(1));
-        Self { entries, producer: entries, consumer: entries, armed_at: Some(entries) }
+        Self { entries, producer: entries, slot: 0, lap: 1, consumer: entries, armed_at: Some(entries) }
     }
     /// Entries that the driver is not known to have taken.
     fn outstanding(&self) -> u64 {
@@ -194,9 +208,16 @@ impl Cursor {
     }
     /// Slot and owner bits of the next entry.
     fn next(&self) -> (u32, u32) {
-        let slot = self.producer % self.entries;
-        let owner = self.producer / self.entries % LAPS;
-        (slot as u32, (owner as u32) << OWNER_SHIFT)
+        (self.slot, self.lap << OWNER_SHIFT)
+    }
+    /// The next entry has been written.
+    fn advance(&mut self) {
+        self.producer += 1;
+        self.slot += 1;
+        if u64::from(self.slot) == self.entries {
+            self.slot = 0;
+            self.lap = (self.lap + 1) % LAPS as u32;
+        }
     }
     /// Take the armed state if the producer has passed it.
     fn take_notification(&mut self) -> bool {
@@ -278,14 +299,19 @@ impl CompletionQueue {
     pub fn free(&self) -> u32 {
         self.cursor.entries.saturating_sub(self.cursor.outstanding()) as u32
     }
+    /// The ring in `memory`, for a batch of [`post`](Self::post)s.
+    pub fn view<'m>(&self, memory: &'m GuestMemoryMmap) -> RingView<'m> {
+        self.memory.view(memory)
+    }
     /// Write the completion `data` of work queue `wq`. Many may be posted before one
     /// [`take_notification`](Self::take_notification).
     ///
     /// # Errors
     /// [`PostError::Full`] if there is no [`room`](Self::room), else the ring is not guest memory.
+    #[inline]
     pub fn post(
         &mut self,
-        memory: &GuestMemoryMmap,
+        view: &RingView<'_>,
         data: &[u8; Cqe::DATA],
         wq: u32,
         is_sq: bool,
@@ -294,8 +320,8 @@ impl CompletionQueue {
             return Err(PostError::Full);
         }
         let (slot, owner) = self.cursor.next();
-        self.memory.publish(memory, slot * size_of::<Cqe>() as u32, data, Cqe::info(wq, is_sq) | owner)?;
-        self.cursor.producer += 1;
+        self.memory.publish(view, slot * size_of::<Cqe>() as u32, data, Cqe::info(wq, is_sq) | owner)?;
+        self.cursor.advance();
         Ok(())
     }
     /// As [`post`](Self::post) for a completion that no WQE stands for (the receive fence): while no slot is known
@@ -311,7 +337,7 @@ impl CompletionQueue {
         is_sq: bool,
     ) -> Result<(), PostError> {
         if self.free() > 0 && self.held.is_empty() {
-            return self.post(memory, data, wq, is_sq);
+            return self.post(&self.view(memory), data, wq, is_sq);
         }
         if self.held.len() >= Self::MAX_HELD {
             return Err(PostError::Full);
@@ -329,9 +355,10 @@ impl CompletionQueue {
         if self.free() == 0 { None } else { self.waiter.take() }
     }
     fn post_held(&mut self, memory: &GuestMemoryMmap) -> Result<(), PostError> {
+        let view = self.view(memory);
         while self.free() > 0 {
             let Some(cqe) = self.held.pop_front() else { break };
-            self.post(memory, &cqe.data, cqe.wq_num(), cqe.is_sq())?;
+            self.post(&view, &cqe.data, cqe.wq_num(), cqe.is_sq())?;
         }
         Ok(())
     }
@@ -399,13 +426,14 @@ impl EventQueue {
     }
     /// The driver rings after every few events, so a slot it has not rung for is not free.
     fn post_held(&mut self, memory: &GuestMemoryMmap) -> Result<(), PostError> {
+        let view = self.memory.view(memory);
         while self.cursor.outstanding() < self.cursor.entries {
             let Some(eqe) = self.held.pop_front() else { break };
             let (slot, owner) = self.cursor.next();
             let details = eqe.details.as_bytes();
             let offset = slot * size_of::<Eqe>() as u32;
-            self.memory.publish(memory, offset, details, eqe.info.get() | owner)?;
-            self.cursor.producer += 1;
+            self.memory.publish(&view, offset, details, eqe.info.get() | owner)?;
+            self.cursor.advance();
         }
         Ok(())
     }
@@ -452,14 +480,14 @@ mod tests {
         let memory = memory();
         let mut queue = with_wqe(&memory, 0, 1);
         let mut wqe = Wqe::default();
-        assert!(!queue.fetch(&memory, 0, &mut wqe).expect("empty"));
-        assert!(queue.fetch(&memory, 64, &mut wqe).expect("one"));
+        assert!(!queue.fetch(&queue.view(&memory), 0, &mut wqe).expect("empty"));
+        assert!(queue.fetch(&queue.view(&memory), 64, &mut wqe).expect("one"));
         assert_eq!(wqe.oob(), [0xaa; 24]);
         assert_eq!(wqe.sgl().len(), 1);
         assert_eq!(wqe.sgl()[0].address.get(), 0x1234);
         queue.advance(&wqe);
         assert_eq!(queue.head(), 64);
-        assert!(!queue.fetch(&memory, 64, &mut wqe).expect("empty"));
+        assert!(!queue.fetch(&queue.view(&memory), 64, &mut wqe).expect("empty"));
     }
 
     #[test]
@@ -468,7 +496,7 @@ mod tests {
         let mut queue = with_wqe(&memory, 4064, 1);
         queue.discard(0xffff_ffe0);
         let mut wqe = Wqe::default();
-        assert!(queue.fetch(&memory, 32, &mut wqe).expect("one"));
+        assert!(queue.fetch(&queue.view(&memory), 32, &mut wqe).expect("one"));
         assert_eq!(wqe.sgl()[0].size.get(), 60);
         queue.advance(&wqe);
         assert_eq!(queue.head(), 32);
@@ -479,12 +507,19 @@ mod tests {
         let memory = memory();
         let queue = with_wqe(&memory, 0, 200);
         let mut wqe = Wqe::default();
-        assert_eq!(queue.fetch(&memory, 4128, &mut wqe), Err(WqeError::Tail { tail: 4128, head: 0 }));
-        assert_eq!(queue.fetch(&memory, 33, &mut wqe), Err(WqeError::Tail { tail: 33, head: 0 }));
-        let too_long = queue.fetch(&memory, 4096, &mut wqe);
+        assert_eq!(
+            queue.fetch(&queue.view(&memory), 4128, &mut wqe),
+            Err(WqeError::Tail { tail: 4128, head: 0 })
+        );
+        assert_eq!(
+            queue.fetch(&queue.view(&memory), 33, &mut wqe),
+            Err(WqeError::Tail { tail: 33, head: 0 })
+        );
+        let too_long = queue.fetch(&queue.view(&memory), 4096, &mut wqe);
         assert!(matches!(too_long, Err(WqeError::Length { available: 512, .. })));
         assert!(wqe.sgl().is_empty());
-        let beyond = with_wqe(&memory, 0, 1).fetch(&memory, 32, &mut wqe);
+        let queue = with_wqe(&memory, 0, 1);
+        let beyond = queue.fetch(&queue.view(&memory), 32, &mut wqe);
         assert_eq!(beyond, Err(WqeError::Length { len: 64, available: 32 }));
     }
 
@@ -498,7 +533,7 @@ mod tests {
         let mut queue = CompletionQueue::new(RingMemory::page(RING), 0);
         for lap in 0..20_u32 {
             for slot in 0..64_u32 {
-                queue.post(&memory, &[0; 60], 5, true).expect("room");
+                queue.post(&queue.view(&memory), &[0; 60], 5, true).expect("room");
                 assert_eq!(owner(&memory, slot.into()), (lap + 1) % 8);
             }
             assert_eq!(queue.free(), 0);
@@ -513,23 +548,23 @@ mod tests {
         let memory = memory();
         let mut queue = CompletionQueue::new(RingMemory::page(RING), 0);
         for _ in 0..7 * 64 {
-            queue.post(&memory, &[0; 60], 5, true).expect("room");
+            queue.post(&queue.view(&memory), &[0; 60], 5, true).expect("room");
         }
-        assert_eq!(queue.post(&memory, &[0; 60], 5, true), Err(PostError::Full));
+        assert_eq!(queue.post(&queue.view(&memory), &[0; 60], 5, true), Err(PostError::Full));
     }
 
     #[test]
     fn armed_queue_notifies_once_and_again_after_a_late_arm() {
         let memory = memory();
         let mut queue = CompletionQueue::new(RingMemory::page(RING), 0);
-        queue.post(&memory, &[0; 60], 5, true).expect("room");
-        queue.post(&memory, &[0; 60], 5, true).expect("room");
+        queue.post(&queue.view(&memory), &[0; 60], 5, true).expect("room");
+        queue.post(&queue.view(&memory), &[0; 60], 5, true).expect("room");
         assert!(queue.take_notification());
-        queue.post(&memory, &[0; 60], 5, true).expect("room");
+        queue.post(&queue.view(&memory), &[0; 60], 5, true).expect("room");
         assert!(!queue.take_notification());
         assert!(queue.ring(&memory, 66, true).expect("doorbell").notify);
         assert!(!queue.ring(&memory, 67, true).expect("doorbell").notify);
-        queue.post(&memory, &[0; 60], 5, true).expect("room");
+        queue.post(&queue.view(&memory), &[0; 60], 5, true).expect("room");
         assert!(queue.take_notification());
     }
 
@@ -538,9 +573,9 @@ mod tests {
         let memory = memory();
         let mut queue = CompletionQueue::new(RingMemory::page(RING), 0);
         assert!(!queue.ring(&memory, 65, true).expect("doorbell").notify);
-        queue.post(&memory, &[0; 60], 5, true).expect("room");
+        queue.post(&queue.view(&memory), &[0; 60], 5, true).expect("room");
         assert!(!queue.take_notification());
-        queue.post(&memory, &[0; 60], 5, true).expect("room");
+        queue.post(&queue.view(&memory), &[0; 60], 5, true).expect("room");
         assert!(queue.take_notification());
     }
 
@@ -549,7 +584,7 @@ mod tests {
         let memory = memory();
         let mut queue = CompletionQueue::new(RingMemory::page(RING), 0);
         for _ in 0..64 {
-            queue.post(&memory, &[1; 60], 5, false).expect("room");
+            queue.post(&queue.view(&memory), &[1; 60], 5, false).expect("room");
         }
         assert!(queue.take_notification());
         queue.post_or_hold(&memory, &[3; 60], 5, false).expect("held");

@@ -18,6 +18,7 @@ use crate::doors::{RxChecksum, RxFrame};
 use crate::offload::verify;
 use crate::packet::{ETHERNET_HEADER, Headers, MAC_ADDRESSES, VLAN_TAG};
 use crate::queues::{Queues, WqObject};
+use crate::region::RingView;
 use crate::ring::{CompletionQueue, PostError, Wqe, WqeError};
 use crate::rules::Rule;
 use crate::steer::{HASH_KEY_SIZE, Hash, HashTypes, Steering, Toeplitz};
@@ -364,9 +365,10 @@ impl Delivery<'_> {
         let room = self.queues.cq(wq.cq)?.lock().as_ref()?.room() as usize;
         let mut filled = ArrayVec::new();
         let mut wqe = Wqe::default();
+        let view = wq.ring.view(self.memory);
         for at in bits(members).take(room) {
             let (Some(frame), Some(&packet)) = (frames.get(at), packets.get(at)) else { break };
-            match self.fill_one(wq, tail, &mut wqe, frame, packet) {
+            match self.fill_one(wq, &view, tail, &mut wqe, frame, packet) {
                 Ok(Some(one)) => filled.push(one),
                 Ok(None) => break,
                 Err(why) => {
@@ -383,13 +385,14 @@ impl Delivery<'_> {
     fn fill_one(
         &mut self,
         wq: &mut WqObject,
+        view: &RingView<'_>,
         tail: u32,
         wqe: &mut Wqe,
         frame: &RxFrame<'_>,
         packet: Packet,
     ) -> Result<Option<Filled>, Broken> {
         let wqe_offset = wq.ring.head();
-        if !wq.ring.fetch(self.memory, tail, wqe)? {
+        if !wq.ring.fetch(view, tail, wqe)? {
             return Ok(None);
         }
         let (head, body) = if packet.tagged {
@@ -415,6 +418,7 @@ impl Delivery<'_> {
     /// Post the completions of `filled`, several packets in one where the driver wants that and what the
     /// completion says of them is the same. The answer is how many were lost.
     fn post(&self, cq: &mut CompletionQueue, rq: u32, filled: &[Filled]) -> usize {
+        let view = cq.view(self.memory);
         let mut lost = 0;
         let mut rest = filled;
         while let Some(first) = rest.first() {
@@ -429,7 +433,7 @@ impl Delivery<'_> {
             let mut completion = RxCompletion::new(kind, first.packet.meta, first.wqe_offset);
             completion.set_packets(group.iter().map(|one| (one.len, one.packet.hash)));
             let data: [u8; Cqe::DATA] = zerocopy::transmute!(completion);
-            lost += usize::from(cq.post(self.memory, &data, rq, false).is_err());
+            lost += usize::from(cq.post(&view, &data, rq, false).is_err());
             rest = after;
         }
         lost

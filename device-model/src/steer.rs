@@ -38,8 +38,9 @@ impl Toeplitz {
     /// packet.
     #[inline]
     pub fn hash(&self, addresses: &[u8], ports: &[u8]) -> u32 {
-        let sums = self.table.iter().zip(addresses.iter().chain(ports));
-        sums.fold(0, |hash, (sums, &byte)| hash ^ sums[usize::from(byte)])
+        let fold = |hash: u32, (sums, &byte): (&[u32; 256], &u8)| hash ^ sums[usize::from(byte)];
+        let hash = self.table.iter().zip(addresses).fold(0, fold);
+        self.table.iter().skip(addresses.len()).zip(ports).fold(hash, fold)
     }
 }
 

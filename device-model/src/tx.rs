@@ -140,11 +140,12 @@ fn post(queues: &Queues, memory: &GuestMemoryMmap, sq: u32, cq: u32, completions
         return;
     }
     let post = |cq: &mut CompletionQueue| {
+        let view = cq.view(memory);
         completions
             .iter()
             .filter(|&&(status, offset)| {
                 let data: [u8; Cqe::DATA] = zerocopy::transmute!(TxCompletion::new(status, offset));
-                cq.post(memory, &data, sq, true).is_err()
+                cq.post(&view, &data, sq, true).is_err()
             })
             .count()
     };
@@ -170,23 +171,24 @@ struct Frame<'m> {
 }
 
 impl<'m> Frame<'m> {
-    fn gather(memory: &'m GuestMemoryMmap, sgl: &[Sge], mem_key: u32) -> Result<Self, Broken> {
-        let mut frame = Self { buffers: ArrayVec::new(), len: 0, head: [0; PEEK] };
+    fn new() -> Self {
+        Self { buffers: ArrayVec::new(), len: 0, head: [0; PEEK] }
+    }
+    /// Find the buffers of `sgl`. In place, because a frame is too large to be moved about.
+    fn gather(&mut self, memory: &'m GuestMemoryMmap, sgl: &[Sge], mem_key: u32) -> Result<(), Broken> {
         for sge in sgl {
             if sge.mem_key.get() != mem_key {
                 return Err(Broken::MemoryKey(sge.mem_key.get()));
             }
             let len = sge.size.get() as usize;
-            dma::slices(memory, sge.address.get(), len, &mut frame.buffers)?;
-            frame.len += len;
+            dma::slices(memory, sge.address.get(), len, &mut self.buffers)?;
+            self.len += len;
         }
-        if frame.buffers.is_empty() {
+        if self.buffers.is_empty() {
             return Err(Broken::NoBuffers);
         }
-        let mut head = [0; PEEK];
-        frame.copy_to(&mut head);
-        frame.head = head;
-        Ok(frame)
+        copy(&self.buffers, &mut self.head);
+        Ok(())
     }
     /// The frame's first bytes, as many as there are of both.
     fn copy_to(&self, to: &mut [u8]) -> usize {
@@ -239,9 +241,10 @@ impl<'a> Sender<'a> {
     fn send_batch(&mut self, wq: &mut WqObject, tail: u32, room: usize) -> Done {
         let mut done = Done::default();
         let mut wqe = Wqe::default();
+        let view = wq.ring.view(self.memory);
         while done.consumed < room && !wq.stopped {
             let offset = wq.ring.head() / crate::wire::queue::BASIC_UNIT;
-            let sent = match wq.ring.fetch(self.memory, tail, &mut wqe) {
+            let sent = match wq.ring.fetch(&view, tail, &mut wqe) {
                 Ok(false) => break,
                 Ok(true) => self.send(&wqe, &mut wq.scratch),
                 Err(error) => Err(error.into()),
@@ -268,7 +271,8 @@ impl<'a> Sender<'a> {
     fn send(&mut self, wqe: &Wqe, scratch: &mut Vec<u8>) -> Result<bool, Failure> {
         let oob = TxOob::parse(wqe.oob()).ok_or(Failure::Refused(TxStatus::InvalidOob))?;
         self.check(&oob)?;
-        let frame = Frame::gather(self.memory, wqe.sgl(), self.mem_key)?;
+        let mut frame = Frame::new();
+        frame.gather(self.memory, wqe.sgl(), self.mem_key)?;
         if wqe.header().client_oob_in_sgl() {
             self.send_large(wqe, &oob, &frame, scratch)?;
         } else {
