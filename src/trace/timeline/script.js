@@ -1,7 +1,7 @@
 "use strict";
 // Draws the page from the JSON that is embedded in it. Times are nanoseconds from the first event.
 const trace = JSON.parse(document.getElementById("data").textContent);
-const GUTTER = 200, RIGHT = 76, PAD = 8, LANE = 26, COMMAND = 22, LABELS = 126, AXIS = 26;
+const GUTTER = 214, RIGHT = 76, PAD = 8, LANE = 26, COMMAND = 22, LABELS = 126, AXIS = 26;
 const tip = document.getElementById("tip");
 
 // ---- Time -------------------------------------------------------------------------------------------------
@@ -139,7 +139,7 @@ class Chart {
     const rows = vectors.flatMap((vector, row) => {
       const y = this.top + row * LANE + 17;
       return [label(6, y, "vector " + vector.n),
-        this.tipped(label(78, y, clip(vector.purpose || "unused", 17), true), vector.purpose || "no queue uses it")];
+        this.tipped(label(78, y, clip(vector.purpose || "unused", 20), true), vector.purpose || "no queue uses it")];
     });
     return [label(6, AXIS + LABELS + 16, "commands", false), ...rows];
   }
@@ -160,13 +160,14 @@ class Chart {
 
   axis(area, height) {
     const count = Math.max(2, Math.floor(this.width / 130));
-    const inner = this.time(GUTTER + this.width) - this.time(GUTTER);
     for (let i = 0; i <= count; i++) {
       const x = GUTTER + PAD + i / count * (this.width - 2 * PAD), t = this.time(x);
-      const digits = Math.min(9, Math.max(3, Math.ceil(2 - Math.log10(inner / 1e9 / count))));
+      // Enough digits to tell a place a third of the way to the next one from this one.
+      const step = Math.max(this.time(x + this.width / count / 3) - this.time(x - this.width / count / 3), 1);
+      const digits = Math.min(6, Math.max(1, Math.ceil(9 - Math.log10(step))));
       area.append(svg("line", { x1: x, x2: x, y1: AXIS - 5, y2: height, stroke: "var(--line)" }));
       this.labels.append(svg("text", { x, y: 14, class: "soft small",
-        "text-anchor": "middle" }, (t / 1e9).toFixed(Math.min(digits, 6)) + " s"));
+        "text-anchor": "middle" }, (t / 1e9).toFixed(digits) + " s"));
     }
   }
 
