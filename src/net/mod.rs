@@ -55,7 +55,7 @@ pub trait Cable: Port {
     fn on_ready(&self, kick: Kick) {
         drop(kick);
     }
-    /// Hand about `budget` frames to `deliver`, in batches.
+    /// Hand frames to `deliver`, in batches, about `budget` of them or one batch if that is more.
     fn poll(&self, budget: usize, deliver: Deliver<'_>) -> Polled;
 }
 

@@ -21,8 +21,11 @@ use mana_device::doors::{Clock, Port, PortDropped, TxFrame};
 use super::{Cable, Deliver, FRAME_OVERHEAD, Kick, Polled, gather};
 use stack::Stack;
 
-/// Frames of the guest that may wait; more are dropped, as a full switch would.
-const MAX_WAITING: usize = 1024;
+/// Bytes of the guest's frames that may wait; more are dropped, as a full switch would. Room for what one turn of a
+/// send queue makes of super-frames, and for the windows of 32 TCP connections.
+const MAX_WAITING: usize = 8 << 20;
+/// Bytes that a waiting frame takes beside its own.
+const FRAME_COST: usize = 256;
 
 /// Who the peer is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -51,6 +54,8 @@ impl Network {
 #[derive(Default)]
 struct Inbox {
     waiting: VecDeque<Vec<u8>>,
+    /// What `waiting` takes, at most [`MAX_WAITING`].
+    bytes: usize,
     spare: Vec<Vec<u8>>,
 }
 
@@ -84,9 +89,11 @@ impl Port for Peer {
             return Err(PortDropped);
         }
         let mut inbox = self.inbox();
-        if inbox.waiting.len() >= MAX_WAITING {
+        let bytes = inbox.bytes + frame.len + FRAME_COST;
+        if bytes > MAX_WAITING {
             return Err(PortDropped);
         }
+        inbox.bytes = bytes;
         let mut buffer = inbox.spare.pop().unwrap_or_default();
         gather(frame, &mut buffer);
         inbox.waiting.push_back(buffer);
@@ -106,23 +113,26 @@ impl Cable for Peer {
         let _ = self.kick.set(kick);
     }
 
-    fn poll(&self, budget: usize, deliver: Deliver<'_>) -> Polled {
+    fn poll(&self, _budget: usize, deliver: Deliver<'_>) -> Polled {
         let mut stack = self.stack.lock().unwrap_or_else(PoisonError::into_inner);
-        let more = {
+        {
             let inbox = &mut *self.inbox();
-            stack.exchange(&mut inbox.waiting, &mut inbox.spare, budget.max(1));
-            !inbox.waiting.is_empty()
-        };
+            stack.take_used(&mut inbox.spare);
+            if stack.has_no_input() {
+                stack.give(std::mem::take(&mut inbox.waiting));
+                inbox.bytes = 0;
+            }
+        }
         let now_ns = self.clock.now_ns();
         // A stack that has panicked is never looked at again, so nothing of it need be whole.
         let polled = catch_unwind(AssertUnwindSafe(|| stack.poll(now_ns)));
         let Ok(polled) = polled else {
             log::error!("the peer at {} choked on a frame and starts anew", self.network.ipv4);
             *stack = Stack::new(self.network, self.mtu, now_ns);
-            return Polled { more, deadline: None };
+            return Polled { more: true, deadline: None };
         };
         stack.deliver(deliver);
-        Polled { more: more || polled.more, deadline: polled.deadline }
+        polled
     }
 }
 

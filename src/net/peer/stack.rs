@@ -121,12 +121,20 @@ impl Stack {
         Self { interface, sockets, services, wire }
     }
 
-    /// Take up to `budget` frames from `waiting` and give used buffers back to `spare`.
-    pub fn exchange(&mut self, waiting: &mut VecDeque<Vec<u8>>, spare: &mut Vec<Vec<u8>>, budget: usize) {
+    /// Put buffers that are used no more into `spare`.
+    pub fn take_used(&mut self, spare: &mut Vec<Vec<u8>>) {
         let room = MAX_SPARE.saturating_sub(spare.len());
         spare.extend(self.wire.used.drain(..).take(room));
-        let taken = budget.min(waiting.len());
-        self.wire.input.extend(waiting.drain(..taken));
+    }
+
+    /// Whether the stack has seen all frames that it was given.
+    pub fn has_no_input(&self) -> bool {
+        self.wire.input.is_empty()
+    }
+
+    /// Give the stack frames of the guest's, once it has no others.
+    pub fn give(&mut self, frames: VecDeque<Vec<u8>>) {
+        self.wire.input = frames;
     }
 
     /// Let the stack work on the frames it has taken. The frames for the guest wait for
