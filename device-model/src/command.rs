@@ -133,6 +133,10 @@ impl Request {
         self.len = len;
         self.page.get_mut(..len)
     }
+    /// Bytes of the message.
+    pub fn len(&self) -> usize {
+        self.len
+    }
     /// The header.
     pub fn header(&self) -> RequestHeader {
         RequestHeader::read_from_prefix(self.page.as_slice()).map(|(header, _)| header).unwrap_or_default()

@@ -214,6 +214,11 @@ impl Hwc {
         let header = self.request.header();
         let (code, version) = (header.msg_type.get(), header.msg_version.get());
         let command = command::name(code).unwrap_or("UNKNOWN");
+        let (claimed, len) = (header.msg_size.get(), self.request.len());
+        if claimed as usize != len {
+            card.core
+                .broken(Rule::HwcMessage, || format!("{command} of {len} bytes says that it has {claimed}"));
+        }
         let started = tracer.now_ns();
         let parsed = Command::parse(&self.request);
         tracer.emit(|| {

@@ -194,13 +194,23 @@ struct Cursor {
     consumer: u64,
     /// Notify once the producer passes this.
     armed_at: Option<u64>,
+    /// May be armed for entries that are still to come.
+    arms_ahead: bool,
 }
 
 impl Cursor {
     /// Queues are born armed: the driver waits for the first event of a queue that it has never rung.
-    fn new(entries: u32) -> Self {
+    fn new(entries: u32, arms_ahead: bool) -> Self {
         let entries = u64::from(entries.max(1));
-        Self { entries, producer: entries, slot: 0, lap: 1, consumer: entries, armed_at: Some(entries) }
+        Self {
+            entries,
+            producer: entries,
+            slot: 0,
+            lap: 1,
+            consumer: entries,
+            armed_at: Some(entries),
+            arms_ahead,
+        }
     }
     /// Entries that the driver is not known to have taken.
     fn outstanding(&self) -> u64 {
@@ -232,19 +242,21 @@ impl Cursor {
         let modulus = self.entries * LAPS;
         let behind = (self.producer % modulus + modulus - u64::from(tail) % modulus) % modulus;
         if behind > self.entries {
-            // Short of half the modulus ahead of the producer: rdma-core arms for entries that are still to come.
-            let ahead = modulus - behind;
-            if ahead > modulus / 2 {
-                return Rung { impossible: true, ..Rung::default() };
-            }
-            self.armed_at = arm.then_some(self.producer + ahead);
-            return Rung { impossible: !arm, ..Rung::default() };
+            return self.ring_ahead(modulus - behind, arm);
         }
         let consumer = self.producer - behind;
         let freed = consumer > self.consumer;
         self.consumer = self.consumer.max(consumer);
         self.armed_at = arm.then_some(consumer);
         Rung { notify: self.take_notification(), freed, impossible: false }
+    }
+    /// A tail `ahead` of the producer: rdma-core arms a completion queue so for an entry that is still to come.
+    fn ring_ahead(&mut self, ahead: u64, arm: bool) -> Rung {
+        let impossible = !self.arms_ahead || !arm || ahead > self.entries;
+        if !impossible {
+            self.armed_at = Some(self.producer + ahead);
+        }
+        Rung { impossible, ..Rung::default() }
     }
 }
 
@@ -280,7 +292,7 @@ impl CompletionQueue {
     /// An empty, armed queue that notifies through event queue `parent_eq`.
     pub fn new(memory: RingMemory, parent_eq: u32) -> Self {
         let entries = memory.size() / size_of::<Cqe>() as u32;
-        Self { memory, cursor: Cursor::new(entries), parent_eq, held: VecDeque::new(), waiter: None }
+        Self { memory, cursor: Cursor::new(entries, true), parent_eq, held: VecDeque::new(), waiter: None }
     }
     /// Id of the event queue that is told.
     pub fn parent_eq(&self) -> u32 {
@@ -402,7 +414,7 @@ impl EventQueue {
     /// An empty, armed queue that interrupts through MSI-X vector `msix`.
     pub fn new(memory: RingMemory, msix: u16) -> Self {
         let entries = memory.size() / size_of::<Eqe>() as u32;
-        Self { memory, cursor: Cursor::new(entries), msix, held: VecDeque::new() }
+        Self { memory, cursor: Cursor::new(entries, false), msix, held: VecDeque::new() }
     }
     /// MSI-X vector.
     pub fn msix(&self) -> u16 {

@@ -2,7 +2,7 @@
 
 use zerocopy::little_endian::{U16, U32, U64};
 
-use super::for_mana;
+use super::{for_mana, for_registered_mana};
 use crate::card::Card;
 use crate::command::{CommandResult, Context, Message, Reply};
 use crate::observe::Event;
@@ -71,12 +71,9 @@ pub fn query_config(context: &mut Context<'_>, message: &Message<'_, QueryVportC
 /// MANA_CONFIG_VPORT_TX: binds a vPort to a protection domain and a doorbell page, again and again if the driver
 /// wants; there is no command that ends it.
 pub fn config_tx(context: &mut Context<'_>, message: &Message<'_, ConfigVportTx>) -> CommandResult {
-    for_mana(message)?;
+    for_registered_mana(context, message)?;
     let request = message.body;
     let index = index_of(context.card, request.vport.get())?;
-    if !context.objects.devices.contains_key(&Device::Mana) {
-        return Err(CommandError::wrong_state("the Ethernet device is not registered"));
-    }
     let page = context.objects.owned_page(Device::Mana, request.doorbell_pageid.get())?;
     if !context.objects.knows_pd(request.pdid.get()) {
         return Err(CommandError::not_found(format!("there is no protection domain {}", request.pdid)));
@@ -91,7 +88,7 @@ pub fn config_tx(context: &mut Context<'_>, message: &Message<'_, ConfigVportTx>
 
 /// MANA_CONFIG_VPORT_RX. What is switched off delivers nothing more when the response is sent.
 pub fn config_rx(context: &mut Context<'_>, message: &Message<'_, ConfigVportRx>) -> CommandResult {
-    for_mana(message)?;
+    for_registered_mana(context, message)?;
     let index = index_of(context.card, message.body.vport.get())?;
     let update = rx_update(context.objects, index, message)?;
     let Some(vport) = context.card.vports.get(index) else { return Ok(Reply::empty()) };

@@ -2,7 +2,7 @@
 
 use zerocopy::little_endian::U64;
 
-use super::{for_mana, vport};
+use super::{for_registered_mana, vport};
 use crate::command::{CommandResult, Context, Message, Reply};
 use crate::ledger;
 use crate::observe::QueueKind;
@@ -24,7 +24,7 @@ fn kind(wq_type: u32) -> Result<WqKind, CommandError> {
 
 /// MANA_CREATE_WQ_OBJ. Both regions are the object's from then on. Moderation is not granted.
 pub fn create(context: &mut Context<'_>, message: &Message<'_, CreateWqObj>) -> CommandResult {
-    for_mana(message)?;
+    for_registered_mana(context, message)?;
     let request = message.body;
     let kind = kind(request.wq_type.get())?;
     let vport = vport::index_of(context.card, request.vport.get())?;
@@ -85,7 +85,7 @@ fn check_limit(context: &Context<'_>, kind: WqKind, vport: usize) -> Result<(), 
 
 /// MANA_DESTROY_WQ_OBJ. When the response is sent the card touches neither ring.
 pub fn destroy(context: &mut Context<'_>, message: &Message<'_, DestroyWqObj>) -> CommandResult {
-    for_mana(message)?;
+    for_registered_mana(context, message)?;
     let kind = kind(message.body.wq_type.get())?;
     let handle = message.body.wq_obj.get();
     if context.objects.wqs.get(handle).is_none_or(|pair| pair.kind != kind) {
@@ -97,7 +97,7 @@ pub fn destroy(context: &mut Context<'_>, message: &Message<'_, DestroyWqObj>) -
 
 /// MANA_FENCE_RQ: a completion after those of all packets that were steered before.
 pub fn fence(context: &mut Context<'_>, message: &Message<'_, FenceRq>) -> CommandResult {
-    for_mana(message)?;
+    for_registered_mana(context, message)?;
     let handle = message.body.wq_obj.get();
     let pair = context.objects.wqs.get(handle).filter(|pair| pair.kind == WqKind::Receive);
     let pair =
