@@ -70,7 +70,7 @@ pub fn write(memory: &GuestMemoryMmap, platform: &Platform<'_>) -> Result<GuestA
         &madt::madt(platform.topology),
         &numa::srat(platform),
         &numa::slit(platform.topology),
-        &mcfg(),
+        &mcfg(platform.bridges),
     ];
     for table in tables {
         xsdt.add_entry(area.place(table)?);
@@ -152,10 +152,12 @@ fn io_register(port: u16, bits: u8, access: AccessSize) -> GAS {
     GAS::new(AddressSpace::SystemIo, bits, 0, access, port.into())
 }
 
-/// MCFG: memory-mapped configuration space of all buses, one segment.
-fn mcfg() -> MCFG {
+/// MCFG: memory-mapped configuration space, one segment, up to the last bus that the machine uses: Linux probes all
+/// up to it.
+fn mcfg(bridges: &[HostBridge]) -> MCFG {
     let mut mcfg = MCFG::new(OEM_ID, OEM_TABLE_ID, OEM_REVISION);
-    mcfg.add_ecam(layout::ECAM.start, 0, 0, u8::MAX);
+    let last_bus = bridges.iter().map(|bridge| *bridge.buses.end()).max().unwrap_or(0);
+    mcfg.add_ecam(layout::ECAM.start, 0, 0, last_bus);
     mcfg
 }
 

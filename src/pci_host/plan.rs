@@ -8,8 +8,6 @@ use std::ops::{Range, RangeInclusive};
 
 use crate::config::Slot;
 
-/// Bus numbers of a segment.
-const BUSES: usize = 256;
 /// Device numbers of a root bus: 0 is the host bridge's own function.
 const DEVICES: RangeInclusive<u8> = 1..=31;
 /// A bridge's share of a window starts and ends at a multiple of this, as PCI bridges' windows do.
@@ -79,10 +77,11 @@ pub fn plan(
     mmio64: &Range<u64>,
 ) -> Result<(Vec<HostBridge>, Vec<Seat>), TooManyDevices> {
     let nodes = nodes(wishes);
+    let buses = buses(wishes, &nodes)?;
     let mut bridges: Vec<_> = (0..nodes.len())
         .map(|index| HostBridge {
             node: nodes[index],
-            buses: buses(index, nodes.len()),
+            buses: buses[index].clone(),
             mmio32: share(mmio32, index, nodes.len()),
             mmio64: share(mmio64, index, nodes.len()),
             ports: Vec::new(),
@@ -93,7 +92,7 @@ pub fn plan(
     for (slot, wish) in (1..).zip(wishes) {
         let index = nodes.iter().position(|&node| node == wish.node).unwrap_or(0);
         let bridge = &mut bridges[index];
-        let most = DEVICES.len().min(bridge.buses.len() - 1);
+        let most = DEVICES.len();
         if taken[index] == most {
             return Err(TooManyDevices { most });
         }
@@ -116,10 +115,17 @@ fn nodes(wishes: &[Wish]) -> Vec<Option<u32>> {
     nodes
 }
 
-/// Bus numbers of bridge `index` of `count`.
-fn buses(index: usize, count: usize) -> RangeInclusive<u8> {
-    let each = BUSES / count;
-    (index * each) as u8..=((index + 1) * each - 1) as u8
+/// Bus numbers of each bridge: the root bus, and one more for every function.
+fn buses(wishes: &[Wish], nodes: &[Option<u32>]) -> Result<Vec<RangeInclusive<u8>>, TooManyDevices> {
+    let mut next = 0;
+    let mut buses = Vec::new();
+    for node in nodes {
+        let functions = wishes.iter().filter(|wish| wish.node == *node).count();
+        let last = u8::try_from(next + functions).map_err(|_| TooManyDevices { most: DEVICES.len() })?;
+        buses.push(next as u8..=last);
+        next += functions + 1;
+    }
+    Ok(buses)
 }
 
 /// Part `index` of `count` of a window.
@@ -143,8 +149,7 @@ mod tests {
     #[test]
     fn bus_0_is_there_without_functions() {
         let (bridges, seats) = plan(&[], &MMIO32, &MMIO64).unwrap();
-        let all =
-            HostBridge { node: None, buses: 0..=255, mmio32: MMIO32, mmio64: MMIO64, ports: Vec::new() };
+        let all = HostBridge { node: None, buses: 0..=0, mmio32: MMIO32, mmio64: MMIO64, ports: Vec::new() };
         assert_eq!((bridges, seats), (vec![all], Vec::new()));
     }
 
@@ -153,10 +158,10 @@ mod tests {
         let wishes = [wish(Some(1), Slot::Port), wish(None, Slot::Root), wish(Some(1), Slot::Root)];
         let (bridges, seats) = plan(&wishes, &MMIO32, &MMIO64).unwrap();
         assert_eq!(bridges.iter().map(|bridge| bridge.node).collect::<Vec<_>>(), [None, Some(1)]);
-        assert_eq!((&bridges[0].buses, &bridges[1].buses), (&(0..=127), &(128..=255)));
+        assert_eq!((&bridges[0].buses, &bridges[1].buses), (&(0..=1), &(2..=4)));
         assert_eq!(bridges[1].mmio32, 0xd000_0000..0xe000_0000);
         assert_eq!(bridges[0].ports, []);
-        assert_eq!(bridges[1].ports, [RootPort { device: 1, bus: 129, slot: 1 }]);
+        assert_eq!(bridges[1].ports, [RootPort { device: 1, bus: 3, slot: 1 }]);
         let seat = |bridge, device| Seat { bridge, device };
         assert_eq!(seats, [seat(1, 1), seat(0, 1), seat(1, 2)]);
     }
@@ -165,7 +170,7 @@ mod tests {
     fn a_root_bus_has_31_places() {
         let wishes = [wish(Some(0), Slot::Port); 31];
         let (bridges, _) = plan(&wishes, &MMIO32, &MMIO64).unwrap();
-        assert_eq!(bridges[1].ports.last(), Some(&RootPort { device: 31, bus: 159, slot: 31 }));
+        assert_eq!(bridges[1].ports.last(), Some(&RootPort { device: 31, bus: 32, slot: 31 }));
         let wishes = [wish(Some(0), Slot::Port); 32];
         assert_eq!(plan(&wishes, &MMIO32, &MMIO64), Err(TooManyDevices { most: 31 }));
     }
