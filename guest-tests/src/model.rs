@@ -55,6 +55,8 @@ pub struct Topology {
     pub cpus: usize,
     /// Of a core.
     pub threads: usize,
+    /// Parts of equal size, of which each node has as many.
+    pub packages: usize,
     /// Parts of equal size.
     pub nodes: usize,
 }
@@ -72,13 +74,24 @@ impl Topology {
         }
         let [cpus, threads, cores, sockets, nodes] = values;
         let (threads, nodes) = (threads.unwrap_or(1), nodes.unwrap_or(1));
-        let product = threads * cores.unwrap_or(1) * sockets.unwrap_or(1) * nodes;
-        Ok(Self { cpus: cpus.unwrap_or(product), threads, nodes })
+        let packages = sockets.unwrap_or(1) * nodes;
+        let product = threads * cores.unwrap_or(1) * packages;
+        Ok(Self { cpus: cpus.unwrap_or(product), threads, packages, nodes })
     }
 
     /// The node of `cpu`.
     pub fn node(self, cpu: usize) -> usize {
         cpu / (self.cpus / self.nodes)
+    }
+
+    /// The package of `cpu`.
+    pub fn package(self, cpu: usize) -> usize {
+        cpu / (self.cpus / self.packages)
+    }
+
+    /// All CPUs for which `part` gives what it gives for `cpu`.
+    fn together(self, cpu: usize, part: fn(Self, usize) -> usize) -> BTreeSet<usize> {
+        (0..self.cpus).filter(|&other| part(self, other) == part(self, cpu)).collect()
     }
 
     /// The CPUs of the core that `cpu` is of.
@@ -214,10 +227,20 @@ pub fn check_topology(report: &Value, topology: Topology, devices: &[Limits]) ->
     ensure!(cpus.len() == topology.cpus, "{} CPUs, not {}", cpus.len(), topology.cpus);
     for (name, shown) in cpus {
         let cpu: usize = name.parse()?;
-        let threads = cpu_set(shown["threads"].as_str().unwrap_or_default())?;
-        ensure!(threads == topology.siblings(cpu), "CPU {cpu}'s core is {threads:?}");
+        let package = topology.together(cpu, Topology::package);
+        let sets = [
+            ("threads", topology.siblings(cpu)),
+            ("package_cpus", package.clone()),
+            ("last_level_cache_cpus", package),
+        ];
+        for (name, wanted) in sets {
+            let set = cpu_set(shown[name].as_str().unwrap_or_default())?;
+            ensure!(set == wanted, "CPU {cpu}'s {name} are {set:?}, not {wanted:?}");
+        }
+        ensure!(shown["package"] == topology.package(cpu), "CPU {cpu} is of package {}", shown["package"]);
         ensure!(shown["node"] == topology.node(cpu), "CPU {cpu} is on node {}", shown["node"]);
     }
+    check_nodes(report, topology)?;
     let functions = report["functions"].as_object().context("no functions")?;
     ensure!(functions.len() == devices.len(), "{} functions, not {}", functions.len(), devices.len());
     for ((address, shown), limits) in functions.iter().zip(devices) {
@@ -229,6 +252,21 @@ pub fn check_topology(report: &Value, topology: Topology, devices: &[Limits]) ->
             "{address} is on node {}, not {node}",
             shown["numa_node"]
         );
+    }
+    Ok(())
+}
+
+/// Nodes with their CPUs, each as far from every other.
+fn check_nodes(report: &Value, topology: Topology) -> Result<()> {
+    let nodes = report["nodes"].as_object().context("no nodes")?;
+    ensure!(nodes.len() == topology.nodes, "{} nodes, not {}", nodes.len(), topology.nodes);
+    for (name, shown) in nodes {
+        let node: usize = name.parse()?;
+        let wanted: BTreeSet<_> = (0..topology.cpus).filter(|&cpu| topology.node(cpu) == node).collect();
+        let cpus = cpu_set(shown["cpus"].as_str().unwrap_or_default())?;
+        ensure!(cpus == wanted, "node {node} has CPUs {cpus:?}, not {wanted:?}");
+        let distances: Value = (0..topology.nodes).map(|other| if other == node { 10 } else { 20 }).collect();
+        ensure!(shown["distance"] == distances, "node {node}'s distances are {}", shown["distance"]);
     }
     Ok(())
 }
@@ -247,6 +285,7 @@ fn cpu_set(list: &str) -> Result<BTreeSet<usize>> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use serde_json::json;
 
     const GENERATIONS: [Generation; 4] =
         [Generation::StaticCpus, Generation::StaticCores, Generation::Growing, Generation::GrowingCpus];
@@ -313,6 +352,32 @@ mod tests {
         let limits = Limits { max_msix: 3, table: 64, node: None };
         let topology = Topology::parse("4").unwrap();
         assert_eq!(GENERATIONS.map(|generation| hints(generation, topology, limits).len()), [5, 5, 3, 3]);
+    }
+
+    #[test]
+    fn a_topology_as_asked_and_others() {
+        let cpu = |node: usize, threads: &str, package_cpus: &str| {
+            json!({ "threads": threads, "package_cpus": package_cpus, "last_level_cache_cpus": package_cpus,
+                    "package": node, "node": node })
+        };
+        let report = json!({
+            "cpus": {
+                "0": cpu(0, "0-1", "0-1"), "1": cpu(0, "0-1", "0-1"),
+                "2": cpu(1, "2-3", "2-3"), "3": cpu(1, "2-3", "2-3"),
+            },
+            "nodes": {
+                "0": { "cpus": "0-1", "distance": [10, 20] }, "1": { "cpus": "2-3", "distance": [20, 10] },
+            },
+            "functions": { "0000:81:00.0": { "numa_node": 1 } },
+        });
+        let device = |node| [Limits { max_msix: 64, table: 64, node }];
+        let check = |cpus: &str, node| check_topology(&report, Topology::parse(cpus).unwrap(), &device(node));
+        check("threads=2,nodes=2", Some(1)).unwrap();
+        assert!(check("threads=2,nodes=2", Some(0)).is_err());
+        assert!(check("threads=2,nodes=2", None).is_err());
+        assert!(check("threads=2,sockets=2", Some(1)).is_err());
+        assert!(check("threads=1,cores=2,nodes=2", Some(1)).is_err());
+        assert!(check("cpus=8,threads=2,nodes=2", Some(1)).is_err());
     }
 
     #[test]
