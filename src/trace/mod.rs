@@ -2,8 +2,8 @@
 //!
 //! A line is `{"t_ns": TIME, "event": NAME, ...}` with the fields of [`mana_device::observe::Event`], and
 //! `"device": N` where a machine has several. The last line of a whole trace is the event `trace.end`.
-//! [`TraceFile`] writes them; [`run`] reads them: in words ([`story`]), as they happen ([`follow`]), or as a page
-//! with the vectors over time ([`timeline`]).
+//! [`TraceFile`] writes them; [`run`] reads them: in words (`story`), as they happen (`follow`), or as a page
+//! with the vectors over time (`timeline`).
 
 mod follow;
 mod reader;

@@ -93,7 +93,7 @@ fn growing() -> Vec<Event> {
 fn tells_a_growing_driver() {
     let story = told(&written(&growing()), false);
     let expected = "\
-[    0.000000] MSI-X is enabled: a table of 8 vectors, all vectors still masked (function mask)
+[    0.000000] MSI-X is enabled: a table of 8 vectors
 [    0.000001] vector 0 programmed, unmasked
 [    0.000003] SMC ESTABLISH_HWC -> ok
                  EQ 0 is made on vector 0, 256 entries
@@ -117,6 +117,19 @@ vector  what for      APIC id  programmed  unmasked     fired  pended
      3  EQ 3 (SQ 13)        3           1         1         0       0
 ";
     assert_eq!(story, expected, "\n{story}");
+}
+
+#[test]
+fn sees_the_vectors_of_a_driver_grow_each_time_it_is_loaded() {
+    let mut events = growing();
+    events.push(Event::MsixDisable { table_size: 8, masked: false });
+    events.extend(growing());
+    assert_eq!(told(&written(&events), false).matches("stays enabled and grows: vectors 1-3").count(), 2);
+    // All vectors before the limits are known: nothing grows.
+    let mut events = growing();
+    let table = events.extract_if(9..15, |_| true).collect::<Vec<_>>();
+    events.splice(3..3, table);
+    assert!(!told(&written(&events), false).contains("grows"));
 }
 
 #[test]

@@ -15,6 +15,8 @@ pub struct Vector {
     pub programmed: u64,
     /// Times it was unmasked.
     pub unmasked: u64,
+    /// Times it was unmasked since MSI-X was last enabled.
+    pub unmasked_since_enable: u64,
     /// Interrupts sent.
     pub fired: u64,
     /// Interrupts held back by a mask.
@@ -82,6 +84,7 @@ impl Vectors {
             "msix.unmask" => {
                 let vector = self.vector(record);
                 vector.unmasked += 1;
+                vector.unmasked_since_enable += 1;
                 vector.live = true;
             }
             "msix.mask" => self.vector(record).live = false,
@@ -124,6 +127,7 @@ impl Vectors {
     fn set_enabled(&mut self, enabled: bool) {
         self.enabled = enabled;
         self.limits_known = false;
+        self.table.values_mut().for_each(|vector| vector.unmasked_since_enable = 0);
         if !enabled {
             self.table.values_mut().for_each(|vector| vector.live = false);
         }

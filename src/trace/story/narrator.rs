@@ -14,6 +14,8 @@ const MAX_STEPS: usize = 256;
 const MAX_VECTORS: usize = 8;
 /// `GDMA_EQE_COMPLETION` (gdma.h).
 const COMPLETION: u64 = 3;
+/// Writes to the vector table further apart than this are not summed up together, nanoseconds.
+const BREATH: u64 = 100_000_000;
 /// Interrupts further apart than this are not summed up together, nanoseconds.
 const QUIET: u64 = 1_000_000_000;
 
@@ -188,13 +190,15 @@ impl Scene {
     }
 
     fn table_written(&mut self, t_ns: u64, record: &Record) {
-        if !matches!(self.group, Some(Group::Table(_))) {
+        let joins =
+            matches!(&self.group, Some(Group::Table(group)) if t_ns.saturating_sub(group.last) < BREATH);
+        if !joins {
             self.end_group();
-            let grows = self.vectors.enabled && self.vectors.limits_known;
-            self.group = Some(Group::Table(TableGroup { t_ns, grows, ..Default::default() }));
+            self.group = Some(Group::Table(TableGroup { t_ns, ..Default::default() }));
         }
         if let Some(Group::Table(group)) = &mut self.group {
-            group.add(record);
+            group.last = t_ns;
+            group.add(record, &self.vectors);
         }
     }
 
@@ -224,8 +228,7 @@ impl Scene {
     fn end_group(&mut self) {
         match self.group.take() {
             Some(Group::Table(group)) => {
-                let line = group.line(&self.vectors);
-                self.put(group.t_ns, line);
+                self.put(group.t_ns, group.line());
             }
             Some(Group::Activity(group)) => self.put(group.t_ns, group.line()),
             None => {}
@@ -237,14 +240,18 @@ impl Scene {
 #[derive(Default)]
 struct TableGroup {
     t_ns: u64,
-    /// MSI-X is enabled and the limits are known: new vectors are growth.
+    last: u64,
+    /// A vector was unmasked for the first time since MSI-X was enabled, and after the limits were known.
     grows: bool,
     /// Per vector: what was written, in order, repetitions left out.
     written: BTreeMap<u64, Vec<&'static str>>,
 }
 
 impl TableGroup {
-    fn add(&mut self, record: &Record) {
+    fn add(&mut self, record: &Record, vectors: &Vectors) {
+        let number = record.number("vector").unwrap_or(u64::MAX);
+        let first = vectors.table().get(&number).is_some_and(|vector| vector.unmasked_since_enable == 1);
+        self.grows |= record.event == "msix.unmask" && first && vectors.enabled && vectors.limits_known;
         let cleared = record.number("address") == Some(0) && record.number("data") == Some(0);
         let what = match record.event.as_str() {
             "msix.program" if cleared => "cleared",
@@ -252,13 +259,13 @@ impl TableGroup {
             "msix.mask" => "masked",
             _ => "unmasked",
         };
-        let steps = self.written.entry(record.number("vector").unwrap_or(u64::MAX)).or_default();
+        let steps = self.written.entry(number).or_default();
         if !steps.contains(&what) {
             steps.push(what);
         }
     }
 
-    fn line(&self, vectors: &Vectors) -> Line {
+    fn line(&self) -> Line {
         let mut alike: Vec<(&[&str], BTreeSet<u64>)> = Vec::new();
         for (&vector, steps) in &self.written {
             match alike.iter_mut().find(|(same, _)| same == steps) {
@@ -271,10 +278,7 @@ impl TableGroup {
             format!("vector{plural} {} {}", words::ranges(numbers.iter().copied()), steps.join(", "))
         });
         let text = parts.collect::<Vec<_>>().join("; ");
-        let new = |number: &u64| vectors.table().get(number).is_some_and(|vector| vector.fired == 0);
-        let grown = self.grows
-            && self.written.iter().any(|(number, steps)| steps.contains(&"unmasked") && new(number));
-        match grown {
+        match self.grows {
             true => Line { mark: Mark::Milestone, text: format!("MSI-X stays enabled and grows: {text}") },
             false => Line { mark: Mark::Plain, text },
         }
@@ -370,8 +374,7 @@ fn plainly(record: &Record) -> Line {
 }
 
 fn msix_enabled(record: &Record) -> String {
-    let masked = if record.flag("masked") { ", all vectors still masked (function mask)" } else { "" };
-    format!("MSI-X is enabled: a table of {} vectors{masked}", record.number("table_size").unwrap_or(0))
+    format!("MSI-X is enabled: a table of {} vectors", record.number("table_size").unwrap_or(0))
 }
 
 fn unmasked_now(vectors: &[u64]) -> String {
