@@ -1,6 +1,6 @@
 //! The command line: what may be written, and the [`VmConfig`] that it means.
 //!
-//! clap knows the options; [`options`] knows the `key=value` lists behind them, which follow QEMU's conventions
+//! clap knows the options; `options` knows the `key=value` lists behind them, which follow QEMU's conventions
 //! where a user of QEMU would look for them.
 
 mod guest;

@@ -33,13 +33,14 @@ const USEFUL: [&str; 3] = ["af_packet", "pvpanic_mmio", "rtc_cmos"];
 const APPLETS: [&str; 6] = ["sh", "modprobe", "rmmod", "udhcpc", "ip", "ping"];
 
 /// Commands of the agent.
-const VERBS: [&str; 16] = [
+const VERBS: [&str; 17] = [
     "bind",
     "dhcp",
     "echo-tcp",
     "echo-udp",
     "establish-again",
     "flr",
+    "link-up",
     "link-wait",
     "log-check",
     "mana-agent",

@@ -94,6 +94,7 @@ fn serve() -> Result<()> {
 
 fn prepare() -> Result<Orders> {
     let orders = read_orders()?;
+    stage::await_steady_clock();
     for module in &orders.modules {
         stage::load_module(module)?;
     }

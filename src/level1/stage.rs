@@ -3,12 +3,19 @@
 use std::ffi::CStr;
 use std::fs::{self, File, OpenOptions};
 use std::path::Path;
+use std::thread;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
 use rustix::fs::{CWD, FileType, Mode, mknodat};
 use rustix::mount::{MountFlags, mount};
 use rustix::pty::{OpenptFlags, grantpt, ioctl_tiocgptpeer, openpt, unlockpt};
 use rustix::termios::{OptionalActions, tcgetattr, tcsetattr};
+
+/// The clock in use: `tsc-early` until the TSC's frequency is known for good, then `tsc`.
+const CLOCK_SOURCE: &str = "/sys/devices/system/clocksource/clocksource0/current_clocksource";
+/// The kernel takes a second, and begins again when it was disturbed.
+const CLOCK_PATIENCE: Duration = Duration::from_secs(20);
 
 /// Mounts what a program expects to find.
 pub(super) fn mount_all() -> Result<()> {
@@ -18,6 +25,22 @@ pub(super) fn mount_all() -> Result<()> {
             .with_context(|| format!("can't mount {at}"))?;
     }
     Ok(())
+}
+
+/// Waits until the kernel has measured the TSC's frequency for good, about a second after its first guess.
+///
+/// KVM keeps the frequency that holds when it is loaded. Is the guess off by more than 250 ppm, as happens on a busy
+/// host, then KVM later refuses to set up the TSC of a CPU (`kvm_set_tsc_khz`, arch/x86/kvm/x86.c), goes on without,
+/// and the guest's timers fire as much too late as the machine is old.
+pub(super) fn await_steady_clock() {
+    let deadline = Instant::now() + CLOCK_PATIENCE;
+    while fs::read_to_string(CLOCK_SOURCE).is_ok_and(|name| name.trim() != "tsc") {
+        if Instant::now() > deadline {
+            eprintln!("the TSC's frequency is still a guess; timers of guests may be late");
+            return;
+        }
+        thread::sleep(Duration::from_millis(10));
+    }
 }
 
 /// Loads an uncompressed module.

@@ -171,7 +171,7 @@ pub fn leased(event: &str) -> Result<()> {
     }
     let peer = router.map_or_else(|| variable("serverid"), Ok)?;
     fs::create_dir_all(PEERS)?;
-    Ok(fs::write(Path::new(PEERS).join(interface), peer)?)
+    Ok(fs::write(Path::new(PEERS).join(interface), peer + "\n")?)
 }
 
 fn ip(arguments: &[&str]) -> Result<()> {

@@ -13,6 +13,7 @@ use anyhow::{Result, bail};
 use pico_args::Arguments;
 use serde_json::Value;
 
+use crate::init::Orders;
 use crate::net;
 
 /// Runs the command `name`.
@@ -24,6 +25,7 @@ pub fn run(name: &str, mut arguments: Arguments) -> Result<()> {
         "echo-udp" => echo::udp(&mut arguments),
         "establish-again" => establish_again::run(&mut arguments),
         "flr" => rebind::flr(&mut arguments),
+        "link-up" => each_interface(&mut arguments, link_up),
         "link-wait" => each_interface(&mut arguments, net::wait_for_carrier),
         "log-check" => log_check::run(&mut arguments),
         "queues" => queues(&mut arguments),
@@ -49,6 +51,11 @@ fn each_interface(arguments: &mut Arguments, action: fn(&str) -> Result<()>) -> 
     }
     interfaces.iter().try_for_each(|name| action(name))?;
     Ok(interfaces.iter().map(|name| net::describe(name)).collect())
+}
+
+/// An interface that has just appeared, made ready as after boot.
+fn link_up(interface: &str) -> Result<()> {
+    net::bring_up(interface, Orders::read()?.dhcp)
 }
 
 /// `[INTERFACE]`: description and the driver's counters.
