@@ -109,3 +109,19 @@ unpack_package() {
     dpkg-deb -x "$download"/*.deb "$into" || fail "could not unpack $package"
     rm -r "$download"
 }
+
+# Where cargo leaves what it builds for release (the target is named in .cargo/config.toml).
+binaries=$tree/target/x86_64-unknown-linux-gnu/release
+
+# What building takes: Rust, which is the user's to choose, and a linker.
+need_toolchain() {
+    command -v cargo >/dev/null || fail "needs Rust with cargo (rustup.rs, or the packages of your system)"
+    command -v cc >/dev/null || need_packages gcc libc6-dev
+}
+
+# Builds everything for release, and fetches the emulator if this machine's KVM can't run guests.
+prepare_to_boot() {
+    (cd "$tree" && cargo build --release --workspace) || fail "the build failed"
+    "$binaries/mana-vmm" check >/dev/null 2>&1 || "$tree/resources/fetch-emulator" ||
+        fail "guests can't run here: $binaries/mana-vmm check says why"
+}

@@ -133,6 +133,7 @@ pub struct BootArgs {
     /// Cable: peer,id=ID | tap,id=ID,ifname=NAME | null,id=ID.
     #[arg(long, value_name = "KIND,id=ID")]
     netdev: Vec<String>,
+    #[allow(rustdoc::broken_intra_doc_links, reason = "the brackets of the help are no links")]
     /// Network device: mana[,netdev=ID]...[,mac=][,mtu=][,max-msix=][,msix-table=][,max-queues=][,node=]
     /// [,slot=root|port][,rdma=on|off][,strict=on|off]; one vPort for each netdev, a peer if there is none.
     #[arg(long, value_name = "mana[,KEY=VALUE]...")]

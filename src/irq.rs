@@ -3,7 +3,7 @@
 //! Messages go out by KVM_SIGNAL_MSI, which carries address and data itself: no GSI route to keep in step with the
 //! guest's MSI-X table, and a message for a vector that was changed a moment ago can't take the old way. The other
 //! way, an irqfd behind a route for each vector, interrupts no faster and makes each change of a vector slow:
-//! `benches/msi.rs` says 7 to 9 us a message for either on the one emulated CPU of a nested run, but 0.1 us against
+//! `src/benches/msi.rs` says 7 to 9 us a message for either on the one emulated CPU of a nested run, but 0.1 us against
 //! 500 us for a change with 64 vectors in use, since KVM waits for all readers of the old routes.
 
 use std::collections::BTreeMap;

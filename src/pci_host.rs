@@ -6,7 +6,7 @@
 //! ```
 //!
 //! Configuration cycles find their target by the bus numbers that the guest has programmed. Whatever they change of
-//! the memory map (BARs, memory decoding, windows of root ports) is put into a new [`BarMap`], which takes the old
+//! the memory map (BARs, memory decoding, windows of root ports) is put into a new `BarMap`, which takes the old
 //! one's place at once: the path to a BAR takes no lock.
 
 mod bar_map;

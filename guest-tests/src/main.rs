@@ -1,7 +1,7 @@
 //! Runs scenarios against real guest kernels, through the built `mana-vmm` binary only.
 //!
 //! A scenario ([`scenario`]) is a TOML file; each runs on each guest it is for ([`guest`]) as a `mana-vmm` process
-//! ([`run`]), whose output ([`transcript`], [`json`]) and trace ([`trace`]) are compared with what the file says, and
+//! ([`mod@run`]), whose output ([`transcript`], [`json`]) and trace ([`trace`]) are compared with what the file says, and
 //! with a model of what drivers do with vectors ([`model`]).
 
 mod guest;

@@ -34,6 +34,7 @@ pub fn run(name: &str, mut arguments: Arguments) -> Result<()> {
         "topology" => topology::run(),
         "udhcpc-script" => return net::leased(&arguments.free_from_str::<String>()?),
         "unbind" => rebind::unbind(&mut arguments),
+        "vectors" if arguments.contains("--table") => return vectors::table(),
         "vectors" => vectors::run(),
         _ => bail!("there is no such command"),
     }?;

@@ -11,11 +11,37 @@ const INDEX_BITS: u64 = 0x7ff;
 
 /// The lines of /proc/interrupts whose action is the driver's, function by function, in vector order.
 pub fn run() -> Result<Value> {
+    Ok(all()?.iter().map(Vector::describe).collect())
+}
+
+/// `vectors --table`: the same for people.
+pub fn table() -> Result<()> {
+    println!(
+        "{:>6}  {:>4}  {:<28}  {:>9}  {:>4}  {:>10}",
+        "vector", "IRQ", "for", "hint", "CPU", "interrupts"
+    );
+    for vector in all()? {
+        let description = vector.describe();
+        let text = |name: &str| description[name].as_str().unwrap_or_default().to_owned();
+        println!(
+            "{:>6}  {:>4}  {:<28}  {:>9}  {:>4}  {:>10}",
+            vector.index,
+            vector.irq,
+            vector.name,
+            text("hint"),
+            text("effective"),
+            vector.counts.iter().sum::<u64>()
+        );
+    }
+    Ok(())
+}
+
+fn all() -> Result<Vec<Vector>> {
     let table = fs::read_to_string("/proc/interrupts")?;
     let cpus = table.lines().next().unwrap_or_default().split_whitespace().count();
     let mut vectors: Vec<Vector> = table.lines().filter_map(|line| Vector::parse(line, cpus)).collect();
     vectors.sort_by_key(|vector| (vector.function().map(str::to_owned), vector.index));
-    Ok(vectors.iter().map(Vector::describe).collect())
+    Ok(vectors)
 }
 
 struct Vector {
