@@ -6,7 +6,7 @@
 //!
 //! | key | from the VMM's start to |
 //! |---|---|
-//! | `kernel_ms` | the kernel's first instruction: the time of `init_ms` less the guest's uptime then |
+//! | `kernel_ms` | the start of the kernel's clock, after it has unpacked itself: `init_ms` less the guest's uptime then |
 //! | `init_ms` | the guest's init |
 //! | `probe_ms` | the driver's probe, if there is a driver |
 //! | `link_ms` | the link with an address, if there is one |
