@@ -3,7 +3,7 @@
 use crate::driver::Driver;
 use crate::memory::GuestMemory;
 use crate::netdev::{Pending, Received, RxRing};
-use crate::queues::{Cqe, Sge, Wqe};
+use crate::queues::{CompletionQueue, Cqe, Sge, Wqe};
 
 /// Completions that one poll of a send queue takes.
 const TX_BUDGET: usize = 64;
@@ -170,6 +170,14 @@ impl Driver<'_> {
 
     fn last_pending(&mut self, port: usize, queue: usize) -> &mut Pending {
         self.netdevs[port].tx[queue].pending.back_mut().expect("just posted")
+    }
+
+    /// Completion queue `cq`.
+    ///
+    /// # Panics
+    /// The driver has none with that id.
+    pub fn completion_queue(&self, cq: u32) -> &CompletionQueue {
+        &self.cqs[&cq]
     }
 
     /// Packets of a send queue that are not completed.

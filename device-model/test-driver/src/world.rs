@@ -49,6 +49,7 @@ pub struct Interrupts {
     routes: Mutex<BTreeMap<u16, MsiMessage>>,
     fired: Mutex<VecDeque<MsiMessage>>,
     count: AtomicU64,
+    only_counts: AtomicBool,
 }
 
 impl Interrupts {
@@ -59,6 +60,10 @@ impl Interrupts {
     /// Messages that arrived since the world began.
     pub fn count(&self) -> u64 {
         self.count.load(Ordering::Relaxed)
+    }
+    /// Count messages without keeping them (benchmarks).
+    pub fn only_count(&self) {
+        self.only_counts.store(true, Ordering::Relaxed);
     }
     /// Vectors for which a route was ever made, with their current message.
     pub fn routes(&self) -> BTreeMap<u16, MsiMessage> {
@@ -71,6 +76,10 @@ impl MsiSink for Interrupts {
         lock(&self.routes).insert(vector, message);
     }
     fn fire(&self, vector: u16) {
+        if self.only_counts.load(Ordering::Relaxed) {
+            self.count.fetch_add(1, Ordering::Relaxed);
+            return;
+        }
         let Some(message) = lock(&self.routes).get(&vector).copied() else {
             panic!("the device fired vector {vector}, which it never routed");
         };
@@ -83,6 +92,7 @@ impl MsiSink for Interrupts {
 #[derive(Default)]
 pub struct Worker {
     due: Mutex<VecDeque<Work>>,
+    away: AtomicBool,
 }
 
 impl Worker {
@@ -93,6 +103,9 @@ impl Worker {
 
 impl Waker for Worker {
     fn wake(&self, work: Work) {
+        if self.away.load(Ordering::Relaxed) {
+            return;
+        }
         let mut due = lock(&self.due);
         assert!(!due.contains(&work), "the device woke {work:?} twice without a run in between");
         due.push_back(work);
@@ -250,12 +263,13 @@ impl World {
         Self::build(config, cpus, capabilities, true)
     }
 
-    /// As [`new`](Self::new), with no observer attached and cables that only count: what benchmarks time.
+    /// As [`with_ports`](Self::with_ports), with no observer attached and cables that only count: what benchmarks
+    /// time.
     ///
     /// # Panics
     /// The device refuses `config`.
-    pub fn unobserved(config: DeviceConfig, cpus: u32) -> Self {
-        let world = Self::build(config, cpus, PortCapabilities::default(), false);
+    pub fn unobserved(config: DeviceConfig, cpus: u32, capabilities: PortCapabilities) -> Self {
+        let world = Self::build(config, cpus, capabilities, false);
         world.cables.iter().for_each(|cable| cable.only_count());
         world
     }
@@ -277,6 +291,13 @@ impl World {
         };
         let device = ManaDevice::new(config, host).expect("the device takes this configuration");
         Self { device, memory, interrupts, clock, recorder, cables, cpus, worker }
+    }
+
+    /// From now on the caller runs the device by itself ([`ManaDevice::run`]) and interrupts are only counted: what
+    /// benchmarks time.
+    pub fn run_by_hand(&self) {
+        self.worker.away.store(true, Ordering::Relaxed);
+        self.interrupts.only_count();
     }
 
     /// Let the device do everything it was woken for, and what has come due; time stands still.
