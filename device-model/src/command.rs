@@ -129,7 +129,13 @@ impl Request {
         if len < size_of::<RequestHeader>() {
             return None;
         }
-        self.page.get_mut(len..)?.fill(0);
+        if len > self.page.len() {
+            return None;
+        }
+        // Behind the last message it is zero already.
+        if let Some(left_over) = self.page.get_mut(len..self.len) {
+            left_over.fill(0);
+        }
         self.len = len;
         self.page.get_mut(..len)
     }
@@ -240,12 +246,13 @@ pub fn response(header: &RequestHeader, result: &CommandResult, page: &mut [u8; 
         Ok(reply) => (reply.status, reply.version),
         Err(error) => (error.status, 1),
     };
-    page.fill(0);
     let (head, body) = page.split_at_mut(size_of::<ResponseHeader>());
     head.copy_from_slice(header.response(size as u32, version, status as u32).as_bytes());
-    if let Ok(reply) = result {
-        body.iter_mut().zip(&reply.body).for_each(|(to, from)| *to = *from);
-    }
+    let room = body.get_mut(..size.saturating_sub(head.len())).unwrap_or_default();
+    let reply = result.as_ref().map(|reply| reply.body.as_slice()).unwrap_or_default();
+    let (said, unsaid) = room.split_at_mut(room.len().min(reply.len()));
+    said.copy_from_slice(reply.get(..said.len()).unwrap_or_default());
+    unsaid.fill(0);
     size
 }
 

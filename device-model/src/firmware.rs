@@ -3,6 +3,7 @@
 
 use crate::card::Card;
 use crate::device::Ran;
+use crate::dma::GuestRam;
 use crate::hwc::Hwc;
 use crate::ledger;
 use crate::observe::{Event, Fields};
@@ -54,7 +55,8 @@ impl Firmware {
         }
         self.reset(card);
         let memory = card.core.dma.map().ok_or("bus mastering is off")?;
-        self.hwc = Some(Hwc::establish(card, &memory, message).map_err(|error| error.to_string())?);
+        self.hwc =
+            Some(Hwc::establish(card, &GuestRam::new(&memory), message).map_err(|error| error.to_string())?);
         Ok(())
     }
     /// The driver unloads. When the answer is there the card has stopped all DMA.

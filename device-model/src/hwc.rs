@@ -7,7 +7,6 @@
 //! Source: `mana_hwc_init_queues`, `mana_hwc_rx_event_handler`, `mana_hwc_post_tx_wqe` (hw_channel.c); the sheet's
 //! section 4.
 
-use vm_memory::GuestMemoryMmap;
 use zerocopy::little_endian::U32;
 use zerocopy::{FromBytes, IntoBytes};
 
@@ -15,7 +14,7 @@ use crate::card::Card;
 use crate::command::{self, Command, CommandResult, Context, Request};
 use crate::count;
 use crate::device::Ran;
-use crate::dma;
+use crate::dma::GuestRam;
 use crate::observe::{Event, Fields, QueueKind};
 use crate::queues::{Core, HWC_QUEUE, Slot};
 use crate::region::RingMemory;
@@ -68,7 +67,7 @@ impl Hwc {
     /// [`EstablishError`]; nothing exists then.
     pub fn establish(
         card: &Card,
-        memory: &GuestMemoryMmap,
+        ram: &GuestRam<'_>,
         message: &EstablishHwc,
     ) -> Result<Self, EstablishError> {
         if message.msix >= card.config.msix_table_size {
@@ -94,7 +93,7 @@ impl Hwc {
             value(init_data::GPA_MKEY, Device::Hwc.gpa_mkey()),
             EventEntry::HwcInitDone,
         ];
-        if !events.into_iter().all(|event| queues.post_event(memory, HWC_QUEUE, event)) {
+        if !events.into_iter().all(|event| queues.post_event(ram, HWC_QUEUE, event)) {
             Self::close(card);
             return Err(EstablishError::EventQueue);
         }
@@ -121,8 +120,9 @@ impl Hwc {
             let _ = slot.rest(slot.tail());
             return Ran::Idle;
         };
+        let ram = GuestRam::new(&memory);
         for _ in 0..budget.max(1) {
-            if let Step::Rest(tail) = self.step(card, &memory, objects, seq)
+            if let Step::Rest(tail) = self.step(card, &ram, objects, seq)
                 && !slot.rest(tail)
             {
                 return Ran::Idle;
@@ -130,9 +130,9 @@ impl Hwc {
         }
         Ran::More
     }
-    fn step(&mut self, card: &Card, memory: &GuestMemoryMmap, objects: &mut Objects, seq: &mut u64) -> Step {
+    fn step(&mut self, card: &Card, ram: &GuestRam<'_>, objects: &mut Objects, seq: &mut u64) -> Step {
         let tail = card.queues.sq(HWC_QUEUE).map_or(0, Slot::tail);
-        match self.sq.fetch(&self.sq.view(memory), tail, &mut self.wqe) {
+        match self.sq.fetch(&self.sq.view(ram), tail, &mut self.wqe) {
             Ok(false) => return Step::Rest(tail),
             Ok(true) => {}
             Err(error) => {
@@ -141,21 +141,21 @@ impl Hwc {
                 return Step::Rest(tail);
             }
         }
-        if !self.reserve(card, memory) {
+        if !self.reserve(card, ram) {
             return Step::Rest(tail);
         }
         self.check_oob(card);
-        match self.read_request(memory) {
+        match self.read_request(ram) {
             Ok(()) => {
                 *seq += 1;
-                let len = self.execute(card, memory, objects, *seq);
-                let sent = self.write_response(memory, len);
-                self.complete(card, memory, Some(sent));
+                let len = self.execute(card, ram, objects, *seq);
+                let sent = self.write_response(ram, len);
+                self.complete(card, ram, Some(sent));
                 self.rq.advance(&self.buffer);
             }
             Err(cause) => {
                 bad_request(card, &cause);
-                self.complete(card, memory, None);
+                self.complete(card, ram, None);
             }
         }
         self.sq.advance(&self.wqe);
@@ -163,9 +163,9 @@ impl Hwc {
     }
     /// Whether there is a buffer for the response and room for its completions. If not, the doorbell that brings
     /// them runs the channel again.
-    fn reserve(&mut self, card: &Card, memory: &GuestMemoryMmap) -> bool {
+    fn reserve(&mut self, card: &Card, ram: &GuestRam<'_>) -> bool {
         let tail = card.queues.rq(HWC_QUEUE).map_or(0, Slot::tail);
-        match self.rq.fetch(&self.rq.view(memory), tail, &mut self.buffer) {
+        match self.rq.fetch(&self.rq.view(ram), tail, &mut self.buffer) {
             Ok(true) => {}
             Ok(false) => return false,
             Err(error) => {
@@ -192,7 +192,7 @@ impl Hwc {
         }
     }
     /// Copy the request out of guest memory: from here on the guest can't change it.
-    fn read_request(&mut self, memory: &GuestMemoryMmap) -> Result<(), CommandError> {
+    fn read_request(&mut self, ram: &GuestRam<'_>) -> Result<(), CommandError> {
         let sgl = self.wqe.sgl();
         let len = sgl.iter().fold(0_usize, |len, sge| len.saturating_add(sge.size.get() as usize));
         if sgl.iter().any(|sge| sge.mem_key.get() != Device::Hwc.gpa_mkey()) {
@@ -202,14 +202,13 @@ impl Hwc {
         let mut room = room.ok_or_else(|| CommandError::invalid(format!("a request of {len} bytes")))?;
         for sge in sgl {
             let (piece, rest) = room.split_at_mut_checked(sge.size.get() as usize).unwrap_or_default();
-            dma::read(memory, sge.address.get(), piece)
-                .map_err(|error| CommandError::dma(error.to_string()))?;
+            ram.read(sge.address.get(), piece).map_err(|error| CommandError::dma(error.to_string()))?;
             room = rest;
         }
         Ok(())
     }
     /// Parse and do the command; the answer is the length of the response.
-    fn execute(&mut self, card: &Card, memory: &GuestMemoryMmap, objects: &mut Objects, seq: u64) -> usize {
+    fn execute(&mut self, card: &Card, ram: &GuestRam<'_>, objects: &mut Objects, seq: u64) -> usize {
         let Core { tracer, counters, .. } = &*card.core;
         let header = self.request.header();
         let (code, version) = (header.msg_type.get(), header.msg_version.get());
@@ -219,7 +218,7 @@ impl Hwc {
             card.core
                 .broken(Rule::HwcMessage, || format!("{command} of {len} bytes says that it has {claimed}"));
         }
-        let started = tracer.now_ns();
+        let started = tracer.stamp_ns();
         let parsed = Command::parse(&self.request);
         tracer.emit(|| {
             let fields = parsed.as_ref().map(Command::fields).unwrap_or_default();
@@ -227,7 +226,7 @@ impl Hwc {
         });
         let result = parsed.and_then(|parsed| {
             let origin = Origin { seq, command };
-            parsed.execute(&mut Context { card, objects, memory, origin })
+            parsed.execute(&mut Context { card, objects, memory: ram.memory(), origin })
         });
         if let Err(error) = &result {
             let unknown = error.status == Status::Unsupported;
@@ -239,19 +238,18 @@ impl Hwc {
             }
         }
         let len = command::response(&header, &result, &mut self.response);
-        tracer
-            .emit(|| response_event(seq, &header, command, &result, tracer.now_ns().saturating_sub(started)));
+        tracer.emit(|| {
+            response_event(seq, &header, command, &result, tracer.stamp_ns().saturating_sub(started))
+        });
         len
     }
     /// Write the response's `len` bytes into the receive buffer; the answer is how many got there.
-    fn write_response(&self, memory: &GuestMemoryMmap, len: usize) -> usize {
+    fn write_response(&self, ram: &GuestRam<'_>, len: usize) -> usize {
         let mut rest = self.response.get(..len).unwrap_or_default();
         let mut sent = 0;
         for sge in self.buffer.sgl() {
             let (piece, later) = rest.split_at(rest.len().min(sge.size.get() as usize));
-            if sge.mem_key.get() != Device::Hwc.gpa_mkey()
-                || dma::write(memory, sge.address.get(), piece).is_err()
-            {
+            if sge.mem_key.get() != Device::Hwc.gpa_mkey() || ram.write(sge.address.get(), piece).is_err() {
                 break;
             }
             sent += piece.len();
@@ -260,9 +258,9 @@ impl Hwc {
         sent
     }
     /// Post the completion of the send WQE and, with the bytes that were sent, of the receive WQE.
-    fn complete(&self, card: &Card, memory: &GuestMemoryMmap, sent: Option<usize>) {
-        let posted = card.queues.complete(memory, HWC_QUEUE, |cq| {
-            let view = cq.view(memory);
+    fn complete(&self, card: &Card, ram: &GuestRam<'_>, sent: Option<usize>) {
+        let posted = card.queues.complete(ram, HWC_QUEUE, |cq| {
+            let view = cq.view(ram);
             cq.post(&view, &[0; Cqe::DATA], HWC_QUEUE, true)?;
             let Some(sent) = sent else { return Ok(()) };
             let oob = RxOob {

@@ -32,6 +32,11 @@ impl Tracer {
     pub fn now_ns(&self) -> u64 {
         self.clock.now_ns()
     }
+    /// As [`now_ns`](Self::now_ns), for times that only an event tells: without an observer 0, and the clock is not
+    /// asked.
+    pub fn stamp_ns(&self) -> u64 {
+        if self.observer.is_some() { self.clock.now_ns() } else { 0 }
+    }
     /// Report what `event` makes, if anybody wants to know.
     #[inline]
     pub fn emit(&self, event: impl FnOnce() -> Event) {

@@ -10,17 +10,15 @@
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard};
 
-use vm_memory::GuestMemoryMmap;
-
 use crate::bar0::Doorbell;
 use crate::config::DeviceConfig;
 use crate::count;
 use crate::counters::Counters;
-use crate::dma::Dma;
+use crate::dma::{Dma, GuestRam};
 use crate::doors::{Waker, Work};
 use crate::observe::{Event, QueueKind, Tracer};
 use crate::pci::msix::Msix;
-use crate::ring::{CompletionQueue, EventQueue, PostError, Rung, WorkQueue};
+use crate::ring::{CompletionQueue, EventQueue, PostError, Rung, WorkQueue, Wqe};
 use crate::rules::{Rule, Rules};
 use crate::sync::lock;
 use crate::wire::queue::EventEntry;
@@ -121,16 +119,31 @@ pub struct WqObject {
     pub vport: usize,
     /// Memory key that its scatter/gather entries must carry.
     pub mem_key: u32,
+    /// Completions for which the completion queue is known to have room, so that it need not be asked before every
+    /// batch.
+    pub room: u32,
     /// A WQE made no sense, so that the next can't be told: nothing more is taken from the ring.
     pub stopped: bool,
     /// Where frames are put together whose bytes change on the way out. Grows to the largest, then stays.
     pub scratch: Vec<u8>,
+    /// Where WQEs are read to.
+    pub wqe: Wqe,
 }
 
 impl WqObject {
     /// A queue that has consumed nothing yet.
     pub fn new(id: u32, ring: WorkQueue, cq: u32, vport: usize, mem_key: u32) -> Self {
-        Self { id, ring, cq, vport, mem_key, stopped: false, scratch: Vec::new() }
+        Self {
+            id,
+            ring,
+            cq,
+            vport,
+            mem_key,
+            room: 0,
+            stopped: false,
+            scratch: Vec::new(),
+            wqe: Wqe::default(),
+        }
     }
 }
 
@@ -228,7 +241,7 @@ impl Queues {
     /// if there is no such queue.
     pub fn complete<R>(
         &self,
-        memory: &GuestMemoryMmap,
+        ram: &GuestRam<'_>,
         id: u32,
         post: impl FnOnce(&mut CompletionQueue) -> R,
     ) -> Option<R> {
@@ -238,17 +251,17 @@ impl Queues {
         let notify = cq.take_notification().then(|| cq.parent_eq());
         drop(slot);
         if let Some(eq) = notify {
-            self.post_event(memory, eq, EventEntry::Completion(id));
+            self.post_event(ram, eq, EventEntry::Completion(id));
         }
         Some(result)
     }
     /// Post `event` to event queue `id` and interrupt if it is armed. `false` if there is no such queue or the event
     /// is lost; that is counted.
-    pub fn post_event(&self, memory: &GuestMemoryMmap, id: u32, event: EventEntry) -> bool {
+    pub fn post_event(&self, ram: &GuestRam<'_>, id: u32, event: EventEntry) -> bool {
         let Some(slot) = self.eq(id) else { return false };
         let mut queue = slot.lock();
         let Some(eq) = queue.as_mut() else { return false };
-        let posted = eq.post(memory, event);
+        let posted = eq.post(ram, event);
         let vector = eq.msix();
         drop(queue);
         match posted {
@@ -304,15 +317,18 @@ impl Queues {
     }
     fn ring_cq(&self, page: u32, id: u32, tail: u32, arm: bool) -> bool {
         let Some(slot) = live(&self.cqs, page, id) else { return false };
-        let Some(memory) = self.core.dma.map() else { return true };
+        if !self.core.dma.is_enabled() {
+            return true;
+        }
         let mut queue = slot.lock();
         let Some(cq) = queue.as_mut() else { return false };
-        let rung = cq.ring(&memory, tail, arm);
+        let rung = cq.ring(tail, arm);
+        let held = if rung.freed && cq.is_holding() { self.with_ram(|ram| cq.post_held(ram)) } else { None };
         let eq = cq.parent_eq();
         let waiter = cq.take_waiter();
         drop(queue);
-        if self.rung(QueueKind::Cq, id, tail, rung) {
-            self.post_event(&memory, eq, EventEntry::Completion(id));
+        if self.rung(QueueKind::Cq, id, tail, rung, held) {
+            self.with_ram(|ram| self.post_event(ram, eq, EventEntry::Completion(id)));
         }
         if let Some(sq) = waiter {
             self.resume(sq);
@@ -321,30 +337,46 @@ impl Queues {
     }
     fn ring_eq(&self, page: u32, id: u32, tail: u32, arm: bool) -> bool {
         let Some(slot) = live(&self.eqs, page, id) else { return false };
-        let Some(memory) = self.core.dma.map() else { return true };
+        if !self.core.dma.is_enabled() {
+            return true;
+        }
         let mut queue = slot.lock();
         let Some(eq) = queue.as_mut() else { return false };
-        let rung = eq.ring(&memory, tail, arm);
+        let rung = eq.ring(tail, arm);
+        let held = if rung.freed && eq.is_holding() { self.with_ram(|ram| eq.post_held(ram)) } else { None };
         let vector = eq.msix();
         drop(queue);
-        if self.rung(QueueKind::Eq, id, tail, rung) {
+        if self.rung(QueueKind::Eq, id, tail, rung, held) {
             self.core.msix.signal(vector);
         }
         true
     }
-    /// Account for a consumer's doorbell; `true` if it asks for a notification.
-    fn rung(&self, kind: QueueKind, id: u32, tail: u32, rung: Result<Rung, PostError>) -> bool {
-        match rung {
-            Ok(rung) => {
-                if rung.impossible {
-                    self.core.counters.doorbell_tail.bump();
-                    self.core.broken(Rule::ConsumerTail, || format!("tail {tail} for {kind:?} {id}"));
-                }
-                rung.notify
-            }
-            Err(error) => {
+    /// Do `work` with guest memory, unless bus mastering is off.
+    fn with_ram<R>(&self, work: impl FnOnce(&GuestRam<'_>) -> R) -> Option<R> {
+        let memory = self.core.dma.map()?;
+        Some(work(&GuestRam::new(&memory)))
+    }
+    /// Account for a consumer's doorbell and for the entries that it has freed slots for; `true` if a notification
+    /// is due.
+    #[inline]
+    fn rung(
+        &self,
+        kind: QueueKind,
+        id: u32,
+        tail: u32,
+        rung: Rung,
+        held: Option<Result<bool, PostError>>,
+    ) -> bool {
+        if rung.impossible {
+            self.core.counters.doorbell_tail.bump();
+            self.core.broken(Rule::ConsumerTail, || format!("tail {tail} for {kind:?} {id}"));
+        }
+        match held {
+            None => rung.notify,
+            Some(Ok(notify)) => rung.notify | notify,
+            Some(Err(error)) => {
                 count!(self.core.counters.completions_lost, "entry lost on {kind:?} {id}: {error}");
-                false
+                rung.notify
             }
         }
     }

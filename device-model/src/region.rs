@@ -3,9 +3,9 @@
 //! The driver creates a region (GDMA_CREATE_DMA_REGION, more pages with GDMA_DMA_REGION_ADD_PAGES), then names it
 //! in the command that makes a queue, which takes the region over.
 
-use vm_memory::{GuestAddress, GuestMemoryBackend, GuestMemoryMmap, VolatileSlice};
+use vm_memory::VolatileSlice;
 
-use crate::dma::{self, DmaError};
+use crate::dma::{self, DmaError, GuestRam};
 
 /// Bytes of a MANA page (`MANA_PAGE_SIZE`), whatever the CPU's pages are.
 pub const PAGE_SIZE: u32 = 4096;
@@ -180,43 +180,52 @@ impl RingMemory {
             .map(|(address, len)| (address, len as usize))
             .ok_or(DmaError { address: u64::MAX, len: to_end as usize })
     }
-    /// The ring in `memory`, for a batch of reads or writes.
-    pub fn view<'m>(&self, memory: &'m GuestMemoryMmap) -> RingView<'m> {
+    /// The ring in `ram`, for a batch of reads or writes.
+    #[inline]
+    pub fn view<'v, 'm>(&self, ram: &'v GuestRam<'m>) -> RingView<'v, 'm> {
         let whole = match self.layout {
-            Layout::Contiguous(base) => memory.get_slice(GuestAddress(base), self.size as usize).ok(),
+            Layout::Contiguous(base) => ram.slice(base, self.size as usize),
             Layout::Paged { .. } => None,
         };
-        RingView { memory, whole }
+        RingView { ram, whole }
     }
-    /// The part of the ring from `offset` on as one piece, if `view` has it as one.
+    /// Fill the front of `data` from `offset` on: `N` bytes, which is quickest where the ring is in one piece.
+    ///
+    /// # Errors
+    /// [`DmaError`] if a page is not guest memory.
     #[inline]
-    fn piece<'m>(&self, view: &RingView<'m>, offset: u32, len: usize) -> Option<VolatileSlice<'m>> {
-        view.whole.as_ref()?.subslice(self.wrap(offset) as usize, len).ok()
+    pub fn load<const N: usize>(
+        &self,
+        view: &RingView<'_, '_>,
+        offset: u32,
+        data: &mut [u8; N],
+    ) -> Result<(), DmaError> {
+        let at = self.wrap(offset) as usize;
+        match view.whole.as_ref().and_then(|whole| dma::load(whole, at, data)) {
+            Some(()) => Ok(()),
+            None => self.read_pages(view.ram, offset, data),
+        }
     }
     /// Fill `data` from `offset` on.
     ///
     /// # Errors
     /// [`DmaError`] if a page is not guest memory.
     #[inline]
-    pub fn read(&self, view: &RingView<'_>, offset: u32, data: &mut [u8]) -> Result<(), DmaError> {
-        match self.piece(view, offset, data.len()) {
+    pub fn read(&self, view: &RingView<'_, '_>, offset: u32, data: &mut [u8]) -> Result<(), DmaError> {
+        let at = self.wrap(offset) as usize;
+        match view.whole.as_ref().and_then(|whole| whole.subslice(at, data.len()).ok()) {
             Some(piece) => {
                 piece.copy_to(data);
                 Ok(())
             }
-            None => self.read_pages(view.memory, offset, data),
+            None => self.read_pages(view.ram, offset, data),
         }
     }
-    fn read_pages(
-        &self,
-        memory: &GuestMemoryMmap,
-        mut offset: u32,
-        mut data: &mut [u8],
-    ) -> Result<(), DmaError> {
+    fn read_pages(&self, ram: &GuestRam<'_>, mut offset: u32, mut data: &mut [u8]) -> Result<(), DmaError> {
         while !data.is_empty() {
             let (address, contiguous) = self.locate(offset)?;
             let (now, later) = data.split_at_mut(contiguous.min(data.len()));
-            dma::read(memory, address, now)?;
+            ram.read(address, now)?;
             offset = offset.wrapping_add(now.len() as u32);
             data = later;
         }
@@ -228,27 +237,34 @@ impl RingMemory {
     /// # Errors
     /// [`DmaError`] if the page is not guest memory.
     #[inline]
-    pub fn publish(&self, view: &RingView<'_>, offset: u32, body: &[u8], last: u32) -> Result<(), DmaError> {
-        match self.piece(view, offset, body.len() + size_of::<u32>()) {
-            Some(piece) => dma::publish(&piece, body, last),
-            None => {
-                let (address, _) = self.locate(offset)?;
-                dma::publish_at(view.memory, address, body, last)
-            }
+    pub fn publish<const N: usize>(
+        &self,
+        view: &RingView<'_, '_>,
+        offset: u32,
+        body: &[u8; N],
+        last: u32,
+    ) -> Result<(), DmaError> {
+        let len = N + size_of::<u32>();
+        let at = self.wrap(offset) as usize;
+        if let Some(entry) = view.whole.as_ref().and_then(|whole| whole.subslice(at, len).ok()) {
+            return dma::publish(&entry, body, last);
         }
+        let (address, _) = self.locate(offset)?;
+        let entry = view.ram.slice(address, len).ok_or(DmaError { address, len })?;
+        dma::publish(&entry, body, last)
     }
 }
 
 /// A ring's place in guest memory: looked up once where its pages follow one another.
-#[derive(Clone, Copy, Debug)]
-pub struct RingView<'m> {
-    memory: &'m GuestMemoryMmap,
+#[derive(Clone, Copy)]
+pub struct RingView<'v, 'm> {
+    ram: &'v GuestRam<'m>,
     whole: Option<VolatileSlice<'m>>,
 }
 
 #[cfg(test)]
 mod tests {
-    use vm_memory::{Bytes, GuestAddress};
+    use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
 
     use super::*;
 
@@ -289,20 +305,22 @@ mod tests {
         let mut region = Region::new(8192, 0, 0, 2).expect("region");
         region.add_pages([0x5000, 0x3000].into_iter()).expect("pages");
         let ring = region.ring(8192).expect("ring");
+        let ram = GuestRam::new(&memory);
         let mut data = [0; 8];
-        ring.read(&ring.view(&memory), 4092, &mut data).expect("read");
+        ring.read(&ring.view(&ram), 4092, &mut data).expect("read");
         assert_eq!(data, [1, 1, 1, 1, 2, 2, 2, 2]);
-        ring.read(&ring.view(&memory), 8188, &mut data).expect("read");
+        ring.read(&ring.view(&ram), 8188, &mut data).expect("read");
         assert_eq!(data, [2, 2, 2, 2, 1, 1, 1, 1]);
-        ring.publish(&ring.view(&memory), 4096, &[7; 60], 9).expect("publish");
+        ring.publish(&ring.view(&ram), 4096, &[7; 60], 9).expect("publish");
         assert_eq!(memory.read_obj::<u32>(GuestAddress(0x303c)).expect("word"), 9);
     }
 
     #[test]
     fn pages_outside_memory_are_errors() {
         let memory = memory();
+        let ram = GuestRam::new(&memory);
         let ring = RingMemory::page(0xffff_ffff_ffff_f000);
-        assert!(ring.read(&ring.view(&memory), 0, &mut [0; 8]).is_err());
-        assert!(ring.publish(&ring.view(&memory), 4032, &[0; 60], 0).is_err());
+        assert!(ring.read(&ring.view(&ram), 0, &mut [0; 8]).is_err());
+        assert!(ring.publish(&ring.view(&ram), 4032, &[0; 60], 0).is_err());
     }
 }

@@ -10,10 +10,9 @@
 
 use std::collections::VecDeque;
 
-use vm_memory::GuestMemoryMmap;
-use zerocopy::{FromBytes, IntoBytes};
+use zerocopy::FromBytes;
 
-use crate::dma::DmaError;
+use crate::dma::{DmaError, GuestRam};
 use crate::region::{RingMemory, RingView};
 use crate::wire::queue::{
     BASIC_UNIT, Cqe, Eqe, EventEntry, MAX_RQ_WQE, MAX_SQ_WQE, OWNER_SHIFT, Sge, WqeHeader,
@@ -46,7 +45,7 @@ pub enum WqeError {
     Dma(#[from] DmaError),
 }
 
-/// Bytes of a WQE that are read before its length is known.
+/// Bytes of a WQE that are read before its length is known, if as many were posted: most WQEs have no more.
 const FIRST_READ: usize = 2 * BASIC_UNIT as usize;
 
 /// A WQE as it was when read: the guest can change it no more. Reuse one for many.
@@ -55,6 +54,9 @@ pub struct Wqe {
     raw: [u8; MAX_SQ_WQE],
     header: WqeHeader,
 }
+
+/// A buffer for WQEs holds the smallest.
+const NO_ROOM: WqeError = WqeError::Length { len: MAX_SQ_WQE, available: 0 };
 
 impl Default for Wqe {
     fn default() -> Self {
@@ -130,23 +132,30 @@ impl WorkQueue {
         }
         Ok(posted)
     }
-    /// The ring in `memory`, for a batch of [`fetch`](Self::fetch)es.
-    pub fn view<'m>(&self, memory: &'m GuestMemoryMmap) -> RingView<'m> {
-        self.memory.view(memory)
+    /// The ring in `ram`, for a batch of [`fetch`](Self::fetch)es.
+    #[inline]
+    pub fn view<'v, 'm>(&self, ram: &'v GuestRam<'m>) -> RingView<'v, 'm> {
+        self.memory.view(ram)
     }
     /// Read the WQE at the head into `wqe`; `false` if there is none. The head stays where it is.
     ///
     /// # Errors
     /// [`WqeError`]; what follows the head can't be told apart then: [`discard`](Self::discard) it.
     #[inline]
-    pub fn fetch(&self, view: &RingView<'_>, tail: u32, wqe: &mut Wqe) -> Result<bool, WqeError> {
+    pub fn fetch(&self, view: &RingView<'_, '_>, tail: u32, wqe: &mut Wqe) -> Result<bool, WqeError> {
         let posted = self.posted(tail)? as usize;
         if posted == 0 {
             return Ok(false);
         }
-        // Most WQEs are one or two basic units: one read.
-        let (first, rest) = wqe.raw.split_at_mut(posted.min(FIRST_READ));
-        self.memory.read(view, self.head, first)?;
+        let (first, rest) = wqe.raw.split_first_chunk_mut::<FIRST_READ>().ok_or(NO_ROOM)?;
+        let read = if posted >= FIRST_READ {
+            self.memory.load(view, self.head, first)?;
+            FIRST_READ
+        } else {
+            let only = first.first_chunk_mut::<{ BASIC_UNIT as usize }>().ok_or(NO_ROOM)?;
+            self.memory.load(view, self.head, only)?;
+            BASIC_UNIT as usize
+        };
         wqe.header = WqeHeader::read_from_prefix(first).map(|(header, _)| header).unwrap_or_default();
         let len = wqe.header.wqe_len();
         let available = posted.min(self.max_wqe);
@@ -155,9 +164,9 @@ impl WorkQueue {
             wqe.header = WqeHeader::default();
             return Err(WqeError::Length { len, available });
         }
-        if let Some(missing @ 1..) = len.checked_sub(first.len()) {
+        if let Some(missing @ 1..) = len.checked_sub(read) {
             let rest = rest.get_mut(..missing).unwrap_or_default();
-            self.memory.read(view, self.head.wrapping_add(first.len() as u32), rest)?;
+            self.memory.read(view, self.head.wrapping_add(read as u32), rest)?;
         }
         Ok(true)
     }
@@ -240,7 +249,13 @@ impl Cursor {
     /// A doorbell: `tail` entries taken, modulo eight laps.
     fn ring(&mut self, tail: u32, arm: bool) -> Rung {
         let modulus = self.entries * LAPS;
-        let behind = (self.producer % modulus + modulus - u64::from(tail) % modulus) % modulus;
+        // The producer modulo eight laps, without a division.
+        let producer = u64::from(self.lap) * self.entries + u64::from(self.slot);
+        let tail = match u64::from(tail) {
+            tail if tail < modulus => tail,
+            tail => tail % modulus,
+        };
+        let behind = if producer >= tail { producer - tail } else { producer + modulus - tail };
         if behind > self.entries {
             return self.ring_ahead(modulus - behind, arm);
         }
@@ -305,15 +320,20 @@ impl CompletionQueue {
     /// Completions that may be posted on the strength of WQEs: a driver posts no more WQEs than its completion queue
     /// has entries, but need ring the completion queue only once in eight laps. Check before a WQE is consumed.
     pub fn room(&self) -> u32 {
-        (self.cursor.entries * (LAPS - 1)).saturating_sub(self.cursor.outstanding()) as u32
+        self.capacity().saturating_sub(self.cursor.outstanding() + self.held.len() as u64) as u32
+    }
+    /// Most completions that the driver may not have told of.
+    fn capacity(&self) -> u64 {
+        self.cursor.entries * (LAPS - 1)
     }
     /// Slots that the driver is known to have emptied: what a completion without a WQE needs.
     pub fn free(&self) -> u32 {
         self.cursor.entries.saturating_sub(self.cursor.outstanding()) as u32
     }
-    /// The ring in `memory`, for a batch of [`post`](Self::post)s.
-    pub fn view<'m>(&self, memory: &'m GuestMemoryMmap) -> RingView<'m> {
-        self.memory.view(memory)
+    /// The ring in `ram`, for a batch of [`post`](Self::post)s.
+    #[inline]
+    pub fn view<'v, 'm>(&self, ram: &'v GuestRam<'m>) -> RingView<'v, 'm> {
+        self.memory.view(ram)
     }
     /// Write the completion `data` of work queue `wq`. Many may be posted before one
     /// [`take_notification`](Self::take_notification).
@@ -323,12 +343,12 @@ impl CompletionQueue {
     #[inline]
     pub fn post(
         &mut self,
-        view: &RingView<'_>,
+        view: &RingView<'_, '_>,
         data: &[u8; Cqe::DATA],
         wq: u32,
         is_sq: bool,
     ) -> Result<(), PostError> {
-        if self.room() == 0 {
+        if self.cursor.outstanding() >= self.capacity() {
             return Err(PostError::Full);
         }
         let (slot, owner) = self.cursor.next();
@@ -343,13 +363,13 @@ impl CompletionQueue {
     /// [`PostError::Full`] if too many are kept already, else the ring is not guest memory.
     pub fn post_or_hold(
         &mut self,
-        memory: &GuestMemoryMmap,
+        ram: &GuestRam<'_>,
         data: &[u8; Cqe::DATA],
         wq: u32,
         is_sq: bool,
     ) -> Result<(), PostError> {
         if self.free() > 0 && self.held.is_empty() {
-            return self.post(&self.view(memory), data, wq, is_sq);
+            return self.post(&self.view(ram), data, wq, is_sq);
         }
         if self.held.len() >= Self::MAX_HELD {
             return Err(PostError::Full);
@@ -366,13 +386,22 @@ impl CompletionQueue {
     pub fn take_waiter(&mut self) -> Option<u32> {
         if self.free() == 0 { None } else { self.waiter.take() }
     }
-    fn post_held(&mut self, memory: &GuestMemoryMmap) -> Result<(), PostError> {
-        let view = self.view(memory);
+    /// Completions are kept for want of a slot.
+    pub fn is_holding(&self) -> bool {
+        !self.held.is_empty()
+    }
+    /// Post what was kept, as far as there are slots now; `true` as for
+    /// [`take_notification`](Self::take_notification).
+    ///
+    /// # Errors
+    /// The ring is not guest memory; one is lost.
+    pub fn post_held(&mut self, ram: &GuestRam<'_>) -> Result<bool, PostError> {
+        let view = self.view(ram);
         while self.free() > 0 {
             let Some(cqe) = self.held.pop_front() else { break };
             self.post(&view, &cqe.data, cqe.wq_num(), cqe.is_sq())?;
         }
-        Ok(())
+        Ok(self.take_notification())
     }
     /// `true` once after entries were posted to an armed queue: post [`EventEntry::Completion`] to
     /// [`parent_eq`](Self::parent_eq).
@@ -380,17 +409,10 @@ impl CompletionQueue {
     pub fn take_notification(&mut self) -> bool {
         self.cursor.take_notification()
     }
-    /// A doorbell: `tail` entries taken, modulo eight laps; notify of the next one if `arm`.
-    ///
-    /// # Errors
-    /// A held completion could not be written.
-    pub fn ring(&mut self, memory: &GuestMemoryMmap, tail: u32, arm: bool) -> Result<Rung, PostError> {
-        let mut rung = self.cursor.ring(tail, arm);
-        if rung.freed && !self.held.is_empty() {
-            self.post_held(memory)?;
-            rung.notify |= self.take_notification();
-        }
-        Ok(rung)
+    /// A doorbell: `tail` entries taken, modulo eight laps; notify of the next one if `arm`. Where entries were taken,
+    /// [`post_held`](Self::post_held) is due.
+    pub fn ring(&mut self, tail: u32, arm: bool) -> Rung {
+        self.cursor.ring(tail, arm)
     }
 }
 
@@ -428,44 +450,54 @@ impl EventQueue {
     ///
     /// # Errors
     /// [`PostError::Full`] if too many are kept already, else the ring is not guest memory.
-    pub fn post(&mut self, memory: &GuestMemoryMmap, event: EventEntry) -> Result<bool, PostError> {
+    pub fn post(&mut self, ram: &GuestRam<'_>, event: EventEntry) -> Result<bool, PostError> {
+        if self.held.is_empty() && self.has_slot() {
+            self.write(&self.memory.view(ram), event.entry())?;
+            return Ok(self.cursor.take_notification());
+        }
         if self.held.len() >= Self::MAX_HELD {
             return Err(PostError::Full);
         }
         self.held.push_back(event.entry());
-        self.post_held(memory)?;
-        Ok(self.cursor.take_notification())
+        Ok(false)
     }
     /// The driver rings after every few events, so a slot it has not rung for is not free.
-    fn post_held(&mut self, memory: &GuestMemoryMmap) -> Result<(), PostError> {
-        let view = self.memory.view(memory);
-        while self.cursor.outstanding() < self.cursor.entries {
-            let Some(eqe) = self.held.pop_front() else { break };
-            let (slot, owner) = self.cursor.next();
-            let details = eqe.details.as_bytes();
-            let offset = slot * size_of::<Eqe>() as u32;
-            self.memory.publish(&view, offset, details, eqe.info.get() | owner)?;
-            self.cursor.advance();
-        }
+    fn has_slot(&self) -> bool {
+        self.cursor.outstanding() < self.cursor.entries
+    }
+    fn write(&mut self, view: &RingView<'_, '_>, eqe: Eqe) -> Result<(), PostError> {
+        let (slot, owner) = self.cursor.next();
+        let details: [u8; Eqe::DETAILS] = zerocopy::transmute!(eqe.details);
+        self.memory.publish(view, slot * size_of::<Eqe>() as u32, &details, eqe.info.get() | owner)?;
+        self.cursor.advance();
         Ok(())
     }
-    /// A doorbell: `tail` entries taken, modulo eight laps; interrupt on the next one if `arm`.
+    /// Events are kept for want of a slot.
+    pub fn is_holding(&self) -> bool {
+        !self.held.is_empty()
+    }
+    /// Post what was kept, as far as there are slots now; `true` if the vector is to be signalled.
     ///
     /// # Errors
-    /// A kept event could not be written.
-    pub fn ring(&mut self, memory: &GuestMemoryMmap, tail: u32, arm: bool) -> Result<Rung, PostError> {
-        let mut rung = self.cursor.ring(tail, arm);
-        if rung.freed && !self.held.is_empty() {
-            self.post_held(memory)?;
-            rung.notify |= self.cursor.take_notification();
+    /// The ring is not guest memory; one is lost.
+    pub fn post_held(&mut self, ram: &GuestRam<'_>) -> Result<bool, PostError> {
+        let view = self.memory.view(ram);
+        while self.has_slot() {
+            let Some(eqe) = self.held.pop_front() else { break };
+            self.write(&view, eqe)?;
         }
-        Ok(rung)
+        Ok(self.cursor.take_notification())
+    }
+    /// A doorbell: `tail` entries taken, modulo eight laps; interrupt on the next one if `arm`. Where entries were
+    /// taken, [`post_held`](Self::post_held) is due.
+    pub fn ring(&mut self, tail: u32, arm: bool) -> Rung {
+        self.cursor.ring(tail, arm)
     }
 }
 
 #[cfg(test)]
 mod tests {
-    use vm_memory::{Bytes, GuestAddress};
+    use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
 
     use super::*;
     use crate::region::PAGE_SIZE;
@@ -492,14 +524,14 @@ mod tests {
         let memory = memory();
         let mut queue = with_wqe(&memory, 0, 1);
         let mut wqe = Wqe::default();
-        assert!(!queue.fetch(&queue.view(&memory), 0, &mut wqe).expect("empty"));
-        assert!(queue.fetch(&queue.view(&memory), 64, &mut wqe).expect("one"));
+        assert!(!queue.fetch(&queue.view(&GuestRam::new(&memory)), 0, &mut wqe).expect("empty"));
+        assert!(queue.fetch(&queue.view(&GuestRam::new(&memory)), 64, &mut wqe).expect("one"));
         assert_eq!(wqe.oob(), [0xaa; 24]);
         assert_eq!(wqe.sgl().len(), 1);
         assert_eq!(wqe.sgl()[0].address.get(), 0x1234);
         queue.advance(&wqe);
         assert_eq!(queue.head(), 64);
-        assert!(!queue.fetch(&queue.view(&memory), 64, &mut wqe).expect("empty"));
+        assert!(!queue.fetch(&queue.view(&GuestRam::new(&memory)), 64, &mut wqe).expect("empty"));
     }
 
     #[test]
@@ -508,7 +540,7 @@ mod tests {
         let mut queue = with_wqe(&memory, 4064, 1);
         queue.discard(0xffff_ffe0);
         let mut wqe = Wqe::default();
-        assert!(queue.fetch(&queue.view(&memory), 32, &mut wqe).expect("one"));
+        assert!(queue.fetch(&queue.view(&GuestRam::new(&memory)), 32, &mut wqe).expect("one"));
         assert_eq!(wqe.sgl()[0].size.get(), 60);
         queue.advance(&wqe);
         assert_eq!(queue.head(), 32);
@@ -520,18 +552,18 @@ mod tests {
         let queue = with_wqe(&memory, 0, 200);
         let mut wqe = Wqe::default();
         assert_eq!(
-            queue.fetch(&queue.view(&memory), 4128, &mut wqe),
+            queue.fetch(&queue.view(&GuestRam::new(&memory)), 4128, &mut wqe),
             Err(WqeError::Tail { tail: 4128, head: 0 })
         );
         assert_eq!(
-            queue.fetch(&queue.view(&memory), 33, &mut wqe),
+            queue.fetch(&queue.view(&GuestRam::new(&memory)), 33, &mut wqe),
             Err(WqeError::Tail { tail: 33, head: 0 })
         );
-        let too_long = queue.fetch(&queue.view(&memory), 4096, &mut wqe);
+        let too_long = queue.fetch(&queue.view(&GuestRam::new(&memory)), 4096, &mut wqe);
         assert!(matches!(too_long, Err(WqeError::Length { available: 512, .. })));
         assert!(wqe.sgl().is_empty());
         let queue = with_wqe(&memory, 0, 1);
-        let beyond = queue.fetch(&queue.view(&memory), 32, &mut wqe);
+        let beyond = queue.fetch(&queue.view(&GuestRam::new(&memory)), 32, &mut wqe);
         assert_eq!(beyond, Err(WqeError::Length { len: 64, available: 32 }));
     }
 
@@ -545,11 +577,11 @@ mod tests {
         let mut queue = CompletionQueue::new(RingMemory::page(RING), 0);
         for lap in 0..20_u32 {
             for slot in 0..64_u32 {
-                queue.post(&queue.view(&memory), &[0; 60], 5, true).expect("room");
+                queue.post(&queue.view(&GuestRam::new(&memory)), &[0; 60], 5, true).expect("room");
                 assert_eq!(owner(&memory, slot.into()), (lap + 1) % 8);
             }
             assert_eq!(queue.free(), 0);
-            let rung = queue.ring(&memory, (lap + 2) * 64 % 512, false).expect("doorbell");
+            let rung = queue.ring((lap + 2) * 64 % 512, false);
             assert!(rung.freed && !rung.impossible);
             assert_eq!(queue.free(), 64);
         }
@@ -560,23 +592,23 @@ mod tests {
         let memory = memory();
         let mut queue = CompletionQueue::new(RingMemory::page(RING), 0);
         for _ in 0..7 * 64 {
-            queue.post(&queue.view(&memory), &[0; 60], 5, true).expect("room");
+            queue.post(&queue.view(&GuestRam::new(&memory)), &[0; 60], 5, true).expect("room");
         }
-        assert_eq!(queue.post(&queue.view(&memory), &[0; 60], 5, true), Err(PostError::Full));
+        assert_eq!(queue.post(&queue.view(&GuestRam::new(&memory)), &[0; 60], 5, true), Err(PostError::Full));
     }
 
     #[test]
     fn armed_queue_notifies_once_and_again_after_a_late_arm() {
         let memory = memory();
         let mut queue = CompletionQueue::new(RingMemory::page(RING), 0);
-        queue.post(&queue.view(&memory), &[0; 60], 5, true).expect("room");
-        queue.post(&queue.view(&memory), &[0; 60], 5, true).expect("room");
+        queue.post(&queue.view(&GuestRam::new(&memory)), &[0; 60], 5, true).expect("room");
+        queue.post(&queue.view(&GuestRam::new(&memory)), &[0; 60], 5, true).expect("room");
         assert!(queue.take_notification());
-        queue.post(&queue.view(&memory), &[0; 60], 5, true).expect("room");
+        queue.post(&queue.view(&GuestRam::new(&memory)), &[0; 60], 5, true).expect("room");
         assert!(!queue.take_notification());
-        assert!(queue.ring(&memory, 66, true).expect("doorbell").notify);
-        assert!(!queue.ring(&memory, 67, true).expect("doorbell").notify);
-        queue.post(&queue.view(&memory), &[0; 60], 5, true).expect("room");
+        assert!(queue.ring(66, true).notify);
+        assert!(!queue.ring(67, true).notify);
+        queue.post(&queue.view(&GuestRam::new(&memory)), &[0; 60], 5, true).expect("room");
         assert!(queue.take_notification());
     }
 
@@ -584,10 +616,10 @@ mod tests {
     fn arming_ahead_waits_for_that_entry() {
         let memory = memory();
         let mut queue = CompletionQueue::new(RingMemory::page(RING), 0);
-        assert!(!queue.ring(&memory, 65, true).expect("doorbell").notify);
-        queue.post(&queue.view(&memory), &[0; 60], 5, true).expect("room");
+        assert!(!queue.ring(65, true).notify);
+        queue.post(&queue.view(&GuestRam::new(&memory)), &[0; 60], 5, true).expect("room");
         assert!(!queue.take_notification());
-        queue.post(&queue.view(&memory), &[0; 60], 5, true).expect("room");
+        queue.post(&queue.view(&GuestRam::new(&memory)), &[0; 60], 5, true).expect("room");
         assert!(queue.take_notification());
     }
 
@@ -596,13 +628,13 @@ mod tests {
         let memory = memory();
         let mut queue = CompletionQueue::new(RingMemory::page(RING), 0);
         for _ in 0..64 {
-            queue.post(&queue.view(&memory), &[1; 60], 5, false).expect("room");
+            queue.post(&queue.view(&GuestRam::new(&memory)), &[1; 60], 5, false).expect("room");
         }
         assert!(queue.take_notification());
-        queue.post_or_hold(&memory, &[3; 60], 5, false).expect("held");
+        queue.post_or_hold(&GuestRam::new(&memory), &[3; 60], 5, false).expect("held");
         assert_eq!(owner(&memory, 0), 1);
-        let rung = queue.ring(&memory, 128, true).expect("doorbell");
-        assert!(rung.freed && rung.notify);
+        assert!(queue.is_holding() && queue.ring(128, true).freed);
+        assert!(queue.post_held(&GuestRam::new(&memory)).expect("posted"));
         assert_eq!(owner(&memory, 0), 2);
         assert_eq!(memory.read_obj::<u8>(GuestAddress(RING)).expect("data"), 3);
     }
@@ -611,12 +643,13 @@ mod tests {
     fn full_event_queue_keeps_events_until_the_driver_rings() {
         let memory = memory();
         let mut queue = EventQueue::new(RingMemory::page(RING), 0);
-        assert!(queue.post(&memory, EventEntry::Test).expect("room"));
+        assert!(queue.post(&GuestRam::new(&memory), EventEntry::Test).expect("room"));
         for _ in 0..256 {
-            assert!(!queue.post(&memory, EventEntry::Completion(9)).expect("kept"));
+            assert!(!queue.post(&GuestRam::new(&memory), EventEntry::Completion(9)).expect("kept"));
         }
-        let rung = queue.ring(&memory, 261, true).expect("doorbell");
-        assert!(rung.notify && rung.freed);
+        assert!(queue.is_holding() && queue.ring(261, true).freed);
+        // The interrupt of the entries that were there came with the doorbell.
+        assert!(!queue.post_held(&GuestRam::new(&memory)).expect("posted"));
         let word = memory.read_obj::<u32>(GuestAddress(RING + 12)).expect("word");
         assert_eq!(word, 3 | 2 << OWNER_SHIFT);
     }

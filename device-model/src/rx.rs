@@ -9,17 +9,16 @@
 use std::sync::{PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
 
 use arrayvec::ArrayVec;
-use vm_memory::GuestMemoryMmap;
 
 use crate::config::MAX_QUEUES_PER_VPORT;
 use crate::count;
-use crate::dma::{self, DmaError};
+use crate::dma::{DmaError, GuestRam};
 use crate::doors::{RxChecksum, RxFrame};
 use crate::offload::verify;
 use crate::packet::{ETHERNET_HEADER, Headers, MAC_ADDRESSES, VLAN_TAG};
 use crate::queues::{Queues, WqObject};
 use crate::region::RingView;
-use crate::ring::{CompletionQueue, PostError, Wqe, WqeError};
+use crate::ring::{CompletionQueue, PostError, WqeError};
 use crate::rules::Rule;
 use crate::steer::{HASH_KEY_SIZE, Hash, HashTypes, Steering, Toeplitz};
 use crate::vport::{Traffic, Vport};
@@ -184,13 +183,19 @@ impl Receive {
 ///
 /// # Errors
 /// [`PostError`] if it is lost: too many are held, or the ring is not guest memory.
-pub fn fence(queues: &Queues, memory: &GuestMemoryMmap, vport: &Vport, rq: u32) -> Result<(), PostError> {
+pub fn fence(queues: &Queues, ram: &GuestRam<'_>, vport: &Vport, rq: u32) -> Result<(), PostError> {
     vport.receive.settle();
-    let queue = queues.rq(rq).and_then(|slot| slot.lock().as_ref().map(|wq| (wq.cq, wq.ring.head())));
+    let queue = queues.rq(rq).and_then(|slot| {
+        slot.lock().as_mut().map(|wq| {
+            // The fence takes some of the room that the queue knows of.
+            wq.room = 0;
+            (wq.cq, wq.ring.head())
+        })
+    });
     let Some((cq, offset)) = queue else { return Ok(()) };
     let completion = RxCompletion::new(RxType::Fence, RxMeta::default(), offset);
     let data: [u8; Cqe::DATA] = zerocopy::transmute!(completion);
-    queues.complete(memory, cq, |cq| cq.post_or_hold(memory, &data, rq, false)).unwrap_or(Ok(()))
+    queues.complete(ram, cq, |cq| cq.post_or_hold(ram, &data, rq, false)).unwrap_or(Ok(()))
 }
 
 /// Frames from the cable of `vport`. The answer is how many were delivered.
@@ -208,11 +213,12 @@ fn deliver_batch(queues: &Queues, vport: &Vport, frames: &[RxFrame<'_>]) -> usiz
         vport.counters.rx_discards_nowqe.add(frames.len() as u64);
         return 0;
     };
+    let ram = GuestRam::new(&memory);
     let mut sorted = Sorted::new(&state, vport, frames);
     let mut delivery = Delivery {
         queues,
         vport,
-        memory: &memory,
+        ram: &ram,
         coalescing: state.coalescing,
         traffic: Traffic::default(),
         delivered: 0,
@@ -324,52 +330,54 @@ impl Broken {
 }
 
 /// The delivery of one batch.
-struct Delivery<'a> {
+struct Delivery<'a, 'm> {
     queues: &'a Queues,
     vport: &'a Vport,
-    memory: &'a GuestMemoryMmap,
+    ram: &'a GuestRam<'m>,
     coalescing: Coalescing,
     traffic: Traffic,
     delivered: usize,
 }
 
-impl Delivery<'_> {
+impl Delivery<'_, '_> {
     /// Deliver the frames in `members` to queue `rq`.
     fn fill(&mut self, rq: u32, members: u64, packets: &[Packet], frames: &[RxFrame<'_>]) {
         let wanted = members.count_ones() as usize;
-        let Some((cq, filled)) = self.fill_locked(rq, members, packets, frames) else {
-            self.vport.counters.rx_discards_nowqe.add(wanted as u64);
-            return;
-        };
-        let missing = wanted - filled.len();
-        if missing > 0 {
+        let mut filled = ArrayVec::new();
+        let cq = self.fill_locked(rq, members, packets, frames, &mut filled);
+        if let Some(missing @ 1..) = wanted.checked_sub(filled.len()) {
             self.vport.counters.rx_discards_nowqe.add(missing as u64);
         }
-        let lost = self.queues.complete(self.memory, cq, |cq| self.post(cq, rq, &filled));
+        let Some(cq) = cq.filter(|_| !filled.is_empty()) else { return };
+        let lost = self.queues.complete(self.ram, cq, |cq| self.post(cq, rq, &filled));
         if let Some(lost @ 1..) = lost {
             self.queues.core().counters.completions_lost.add(lost as u64);
         }
     }
-    /// Fill buffers while there are WQEs and room for their completions. `None` if there is no such queue.
+    /// Fill buffers while there are WQEs and room for their completions. `None` if there is no such queue, else its
+    /// completion queue.
     fn fill_locked(
         &mut self,
         rq: u32,
         members: u64,
         packets: &[Packet],
         frames: &[RxFrame<'_>],
-    ) -> Option<(u32, ArrayVec<Filled, BATCH>)> {
+        filled: &mut ArrayVec<Filled, BATCH>,
+    ) -> Option<u32> {
         let slot = self.queues.rq(rq)?;
         let tail = slot.tail();
         let mut queue = slot.lock();
         let wq = queue.as_mut().filter(|wq| wq.vport == self.vport.index && !wq.stopped)?;
-        let room = self.queues.cq(wq.cq)?.lock().as_ref()?.room() as usize;
-        let mut filled = ArrayVec::new();
-        let mut wqe = Wqe::default();
-        let view = wq.ring.view(self.memory);
-        for at in bits(members).take(room) {
+        let wanted = members.count_ones();
+        if wq.room < wanted {
+            wq.room = self.queues.cq(wq.cq)?.lock().as_ref()?.room();
+        }
+        let view = wq.ring.view(self.ram);
+        for at in bits(members).take(wq.room as usize) {
             let (Some(frame), Some(&packet)) = (frames.get(at), packets.get(at)) else { break };
-            match self.fill_one(wq, &view, tail, &mut wqe, frame, packet) {
-                Ok(Some(one)) => filled.push(one),
+            match self.fill_one(wq, &view, tail, frame, packet) {
+                // There is room: a batch has no more members.
+                Ok(Some(one)) => drop(filled.try_push(one)),
                 Ok(None) => break,
                 Err(why) => {
                     wq.stopped = true;
@@ -378,32 +386,42 @@ impl Delivery<'_> {
                 }
             }
         }
-        Some((wq.cq, filled))
+        wq.room = wq.room.saturating_sub(filled.len() as u32);
+        Some(wq.cq)
     }
     /// Write a frame into the next WQE's buffers; `None` if there is no WQE.
     #[inline]
     fn fill_one(
         &mut self,
         wq: &mut WqObject,
-        view: &RingView<'_>,
+        view: &RingView<'_, '_>,
         tail: u32,
-        wqe: &mut Wqe,
         frame: &RxFrame<'_>,
         packet: Packet,
     ) -> Result<Option<Filled>, Broken> {
-        let wqe_offset = wq.ring.head();
-        if !wq.ring.fetch(view, tail, wqe)? {
+        let WqObject { ring, wqe, mem_key, .. } = wq;
+        let wqe_offset = ring.head();
+        if !ring.fetch(view, tail, wqe)? {
             return Ok(None);
         }
-        let (head, body) = if packet.tagged {
-            let (head, rest) = frame.bytes.split_at(MAC_ADDRESSES);
-            (head, rest.get(VLAN_TAG..).unwrap_or_default())
-        } else {
-            (frame.bytes, &[][..])
+        let (len, written) = match wqe.sgl() {
+            // Nearly always: one buffer, and nothing to be taken out.
+            [only] if !packet.tagged && frame.bytes.len() <= only.size.get() as usize => {
+                check_key(only, *mem_key)?;
+                self.ram.write(only.address.get(), frame.bytes)?;
+                (frame.bytes.len(), frame.bytes.len())
+            }
+            sgl => {
+                let (head, body) = if packet.tagged {
+                    let (head, rest) = frame.bytes.split_at(MAC_ADDRESSES);
+                    (head, rest.get(VLAN_TAG..).unwrap_or_default())
+                } else {
+                    (frame.bytes, &[][..])
+                };
+                (head.len() + body.len(), scatter(self.ram, sgl, *mem_key, head, body)?)
+            }
         };
-        let len = head.len() + body.len();
-        let written = scatter(self.memory, wqe.sgl(), wq.mem_key, head, body)?;
-        wq.ring.advance(wqe);
+        ring.advance(wqe);
         let kind = if written < len {
             self.vport.counters.rx_truncated.bump();
             RxType::Truncated
@@ -418,7 +436,7 @@ impl Delivery<'_> {
     /// Post the completions of `filled`, several packets in one where the driver wants that and what the
     /// completion says of them is the same. The answer is how many were lost.
     fn post(&self, cq: &mut CompletionQueue, rq: u32, filled: &[Filled]) -> usize {
-        let view = cq.view(self.memory);
+        let view = cq.view(self.ram);
         let mut lost = 0;
         let mut rest = filled;
         while let Some(first) = rest.first() {
@@ -449,10 +467,18 @@ impl Delivery<'_> {
     }
 }
 
-/// Write `head` and `body`, one behind the other, to the buffers of `sgl`; the answer is how much had room.
+/// The entry carries the queue's memory key.
 #[inline]
+fn check_key(sge: &Sge, mem_key: u32) -> Result<(), Broken> {
+    match sge.mem_key.get() {
+        key if key == mem_key => Ok(()),
+        other => Err(Broken::MemoryKey(other)),
+    }
+}
+
+/// Write `head` and `body`, one behind the other, to the buffers of `sgl`; the answer is how much had room.
 fn scatter<'f>(
-    memory: &GuestMemoryMmap,
+    ram: &GuestRam<'_>,
     sgl: &[Sge],
     mem_key: u32,
     mut head: &'f [u8],
@@ -460,9 +486,7 @@ fn scatter<'f>(
 ) -> Result<usize, Broken> {
     let mut written = 0;
     for sge in sgl {
-        if sge.mem_key.get() != mem_key {
-            return Err(Broken::MemoryKey(sge.mem_key.get()));
-        }
+        check_key(sge, mem_key)?;
         let (mut address, mut room) = (sge.address.get(), sge.size.get() as usize);
         while room > 0 {
             if head.is_empty() {
@@ -472,7 +496,7 @@ fn scatter<'f>(
             if now.is_empty() {
                 return Ok(written);
             }
-            dma::write(memory, address, now)?;
+            ram.write(address, now)?;
             written += now.len();
             room -= now.len();
             address = address.wrapping_add(now.len() as u64);

@@ -7,12 +7,12 @@
 //! Source: `mana_start_xmit` and `mana_poll_tx_cq` (mana_en.c); the sheet's sections 8.1 to 8.3.
 
 use arrayvec::ArrayVec;
-use vm_memory::{GuestMemoryMmap, VolatileSlice};
+use vm_memory::VolatileSlice;
 
 use crate::Ran;
 use crate::counters::Counter;
-use crate::dma::{self, DmaError};
-use crate::doors::{PortCapabilities, Segmentation, TxFrame, TxOffload};
+use crate::dma::{self, DmaError, GuestRam};
+use crate::doors::{PortDropped, Segmentation, TxFrame, TxOffload};
 use crate::offload::{HeaderError, TxChecksums};
 use crate::packet::{ETHERTYPE_VLAN, IpVersion, MAC_ADDRESSES, VLAN_TAG, be16};
 use crate::queues::{Core, Queues, Slot, WqObject};
@@ -20,7 +20,7 @@ use crate::ring::{CompletionQueue, Wqe, WqeError};
 use crate::rules::Rule;
 use crate::segment::Template;
 use crate::vport::{Traffic, Vport};
-use crate::wire::queue::{Cqe, Sge};
+use crate::wire::queue::{BASIC_UNIT, Cqe, Sge};
 use crate::wire::tx::{TxCompletion, TxOob, TxStatus};
 
 /// WQEs between two looks at the completion queue, and completions posted at once.
@@ -88,6 +88,7 @@ impl From<HeaderError> for Failure {
 pub fn run(queues: &Queues, vports: &[Vport], id: u32, budget: usize) -> Ran {
     let Some(slot) = queues.sq(id) else { return Ran::Idle };
     let Some(memory) = queues.core().dma.map() else { return rest(slot, slot.tail()) };
+    let ram = GuestRam::new(&memory);
     let mut left = budget.max(1);
     let mut flush = None;
     let ran = loop {
@@ -98,13 +99,14 @@ pub fn run(queues: &Queues, vports: &[Vport], id: u32, budget: usize) -> Ran {
         let mut queue = slot.lock();
         let Some(wq) = queue.as_mut().filter(|wq| !wq.stopped) else { break rest(slot, tail) };
         let Some(vport) = vports.get(wq.vport) else { break rest(slot, tail) };
-        let room = reserve(queues, wq.cq, id, left.min(BATCH));
-        let mut sender = Sender::new(queues.core(), vport, &memory, wq);
-        let done = sender.send_batch(wq, tail, room);
+        let room = reserve(queues, wq, left.min(BATCH));
+        let mut done = Done::default();
+        let mut sender = Sender::new(queues.core(), vport, &ram, wq);
+        sender.send_batch(wq, tail, room, &mut done);
         sender.traffic.add_sent(&vport.counters);
         let (cq, empty) = (wq.cq, wq.stopped || wq.ring.head() == tail);
         drop(queue);
-        post(queues, &memory, id, cq, &done.completions);
+        post(queues, &ram, id, cq, &done.completions);
         flush = Some(vport);
         left = left.saturating_sub(done.consumed);
         if empty || room == 0 {
@@ -124,23 +126,29 @@ fn rest(slot: &Slot<WqObject>, seen: u32) -> Ran {
 
 /// How many of `wanted` WQEs have room for their completions; with none, the queue waits for the driver to make
 /// some.
-fn reserve(queues: &Queues, cq: u32, sq: u32, wanted: usize) -> usize {
-    let Some(slot) = queues.cq(cq) else { return 0 };
-    let mut slot = slot.lock();
-    let Some(cq) = slot.as_mut() else { return 0 };
-    let room = cq.room() as usize;
-    if room == 0 {
-        cq.wait_for_room(sq);
+#[inline]
+fn reserve(queues: &Queues, wq: &mut WqObject, wanted: usize) -> usize {
+    if (wq.room as usize) < wanted {
+        wq.room = queues.cq(wq.cq).map_or(0, |slot| {
+            slot.lock().as_mut().map_or(0, |cq| {
+                let room = cq.room();
+                if room == 0 {
+                    cq.wait_for_room(wq.id);
+                }
+                room
+            })
+        });
     }
-    room.min(wanted)
+    wanted.min(wq.room as usize)
 }
 
-fn post(queues: &Queues, memory: &GuestMemoryMmap, sq: u32, cq: u32, completions: &[(TxStatus, u32)]) {
+#[inline]
+fn post(queues: &Queues, ram: &GuestRam<'_>, sq: u32, cq: u32, completions: &[(TxStatus, u32)]) {
     if completions.is_empty() {
         return;
     }
     let post = |cq: &mut CompletionQueue| {
-        let view = cq.view(memory);
+        let view = cq.view(ram);
         completions
             .iter()
             .filter(|&&(status, offset)| {
@@ -149,7 +157,7 @@ fn post(queues: &Queues, memory: &GuestMemoryMmap, sq: u32, cq: u32, completions
             })
             .count()
     };
-    if let Some(lost @ 1..) = queues.complete(memory, cq, post) {
+    if let Some(lost @ 1..) = queues.complete(ram, cq, post) {
         queues.core().counters.completions_lost.add(lost as u64);
     }
 }
@@ -171,23 +179,25 @@ struct Frame<'m> {
 }
 
 impl<'m> Frame<'m> {
+    #[inline]
     fn new() -> Self {
         Self { buffers: ArrayVec::new(), len: 0, head: [0; PEEK] }
     }
     /// Find the buffers of `sgl`. In place, because a frame is too large to be moved about.
-    fn gather(&mut self, memory: &'m GuestMemoryMmap, sgl: &[Sge], mem_key: u32) -> Result<(), Broken> {
+    #[inline]
+    fn gather(&mut self, ram: &GuestRam<'m>, sgl: &[Sge], mem_key: u32) -> Result<(), Broken> {
         for sge in sgl {
             if sge.mem_key.get() != mem_key {
                 return Err(Broken::MemoryKey(sge.mem_key.get()));
             }
             let len = sge.size.get() as usize;
-            dma::slices(memory, sge.address.get(), len, &mut self.buffers)?;
+            ram.slices(sge.address.get(), len, &mut self.buffers)?;
             self.len += len;
         }
-        if self.buffers.is_empty() {
-            return Err(Broken::NoBuffers);
+        let first = self.buffers.first().ok_or(Broken::NoBuffers)?;
+        if dma::load(first, 0, &mut self.head).is_none() {
+            copy(&self.buffers, &mut self.head);
         }
-        copy(&self.buffers, &mut self.head);
         Ok(())
     }
     /// The frame's first bytes, as many as there are of both.
@@ -211,11 +221,10 @@ fn copy(buffers: &[VolatileSlice<'_>], to: &mut [u8]) -> usize {
 }
 
 /// Sends the WQEs of one queue.
-struct Sender<'a> {
+struct Sender<'a, 'm> {
     core: &'a Core,
     vport: &'a Vport,
-    memory: &'a GuestMemoryMmap,
-    capabilities: PortCapabilities,
+    ram: &'a GuestRam<'m>,
     offset: Option<u16>,
     id: u32,
     cq: u32,
@@ -223,13 +232,12 @@ struct Sender<'a> {
     traffic: Traffic,
 }
 
-impl<'a> Sender<'a> {
-    fn new(core: &'a Core, vport: &'a Vport, memory: &'a GuestMemoryMmap, wq: &WqObject) -> Self {
+impl<'a, 'm> Sender<'a, 'm> {
+    fn new(core: &'a Core, vport: &'a Vport, ram: &'a GuestRam<'m>, wq: &WqObject) -> Self {
         Self {
             core,
             vport,
-            memory,
-            capabilities: vport.port.capabilities(),
+            ram,
             offset: vport.tx_offset(),
             id: wq.id,
             cq: wq.cq,
@@ -238,15 +246,14 @@ impl<'a> Sender<'a> {
         }
     }
     /// Consume up to `room` WQEs before `tail`.
-    fn send_batch(&mut self, wq: &mut WqObject, tail: u32, room: usize) -> Done {
-        let mut done = Done::default();
-        let mut wqe = Wqe::default();
-        let view = wq.ring.view(self.memory);
-        while done.consumed < room && !wq.stopped {
-            let offset = wq.ring.head() / crate::wire::queue::BASIC_UNIT;
-            let sent = match wq.ring.fetch(&view, tail, &mut wqe) {
+    fn send_batch(&mut self, wq: &mut WqObject, tail: u32, room: usize, done: &mut Done) {
+        let WqObject { ring, wqe, scratch, stopped, .. } = wq;
+        let view = ring.view(self.ram);
+        while done.consumed < room && !*stopped {
+            let offset = ring.head() / BASIC_UNIT;
+            let sent = match ring.fetch(&view, tail, wqe) {
                 Ok(false) => break,
-                Ok(true) => self.send(&wqe, &mut wq.scratch),
+                Ok(true) => self.send(wqe, scratch),
                 Err(error) => Err(error.into()),
             };
             let completion = match sent {
@@ -256,23 +263,24 @@ impl<'a> Sender<'a> {
                     Some(status)
                 }
                 Err(Failure::Broken(why)) => {
-                    wq.stopped = true;
+                    *stopped = true;
                     self.broken(why);
                     Some(TxStatus::GdmaError)
                 }
             };
-            done.completions.extend(completion.map(|status| (status, offset)));
+            // There is room: `done` holds a batch, and a batch is no more.
+            let _ = completion.map(|status| done.completions.try_push((status, offset)));
             done.consumed += 1;
-            wq.ring.advance(&wqe);
+            ring.advance(wqe);
         }
-        done
+        wq.room = wq.room.saturating_sub(done.completions.len() as u32);
     }
     /// Send one WQE; the answer is whether its completion is not wanted.
     fn send(&mut self, wqe: &Wqe, scratch: &mut Vec<u8>) -> Result<bool, Failure> {
         let oob = TxOob::parse(wqe.oob()).ok_or(Failure::Refused(TxStatus::InvalidOob))?;
         self.check(&oob)?;
         let mut frame = Frame::new();
-        frame.gather(self.memory, wqe.sgl(), self.mem_key)?;
+        frame.gather(self.ram, wqe.sgl(), self.mem_key)?;
         if wqe.header().client_oob_in_sgl() {
             self.send_large(wqe, &oob, &frame, scratch)?;
         } else {
@@ -315,7 +323,7 @@ impl<'a> Sender<'a> {
             self.put(&frame.buffers, frame.len, frame.head, tag, TxOffload::default());
             return Ok(());
         }
-        if self.capabilities.checksum && !oob.compute_ip_checksum() {
+        if self.vport.capabilities.checksum && !oob.compute_ip_checksum() {
             let mut head = [0; MAX_LSO_HEADER];
             let len = frame.copy_to(&mut head);
             let checksums = TxChecksums::locate(oob, head.get(..len).unwrap_or_default())?;
@@ -362,7 +370,7 @@ impl<'a> Sender<'a> {
         self.check_length(frame, header_len + mss.min(payload))?;
         let pieces = payload_pieces(&frame.buffers, header_len);
         let tag = oob.vlan_tci();
-        if self.capabilities.segmentation && payload > mss && frame.len <= template.max_len() {
+        if self.vport.capabilities.segmentation && payload > mss && frame.len <= template.max_len() {
             self.put_super_frame(&template, &pieces, frame, mss, tag, scratch)
         } else {
             self.put_segments(&template, pieces, payload, mss, tag, scratch)
@@ -424,6 +432,7 @@ impl<'a> Sender<'a> {
         Ok(())
     }
     /// Hand a frame to the port, with a tag inserted if there is one. `head` is the start of `slices`.
+    #[inline]
     fn put(
         &mut self,
         slices: &[VolatileSlice<'_>],
@@ -432,20 +441,35 @@ impl<'a> Sender<'a> {
         tag: Option<u16>,
         offload: TxOffload,
     ) {
-        let [destination @ .., _, _, _, _, _, _, _, _] = head;
-        let sent = match tag {
-            None => self.vport.port.send(&TxFrame { slices, len, offload }),
-            Some(tci) => {
-                let [high, low] = tci.to_be_bytes();
-                let mut tag = [0x81, 0x00, high, low];
-                let slices = insert(slices, VolatileSlice::from(&mut tag[..]));
-                let offload = behind_tag(offload);
-                self.vport.port.send(&TxFrame { slices: &slices, len: len + VLAN_TAG, offload })
+        match tag {
+            None => {
+                let sent = self.vport.port.send(&TxFrame { slices, len, offload });
+                self.count(sent, head, len);
             }
-        };
+            Some(tci) => self.put_tagged(slices, len, head, tci, offload),
+        }
+    }
+    fn put_tagged(
+        &mut self,
+        slices: &[VolatileSlice<'_>],
+        len: usize,
+        head: [u8; PEEK],
+        tci: u16,
+        offload: TxOffload,
+    ) {
+        let [high, low] = tci.to_be_bytes();
+        let mut tag = [0x81, 0x00, high, low];
+        let slices = insert(slices, VolatileSlice::from(&mut tag[..]));
+        let (len, offload) = (len + VLAN_TAG, behind_tag(offload));
+        let sent = self.vport.port.send(&TxFrame { slices: &slices, len, offload });
+        self.count(sent, head, len);
+    }
+    #[inline]
+    fn count(&mut self, sent: Result<(), PortDropped>, head: [u8; PEEK], len: usize) {
+        let [destination @ .., _, _, _, _, _, _, _, _] = head;
         match sent {
-            Ok(()) => self.traffic.count(destination, len + tag.map_or(0, |_| VLAN_TAG)),
-            Err(_) => {
+            Ok(()) => self.traffic.count(destination, len),
+            Err(PortDropped) => {
                 self.vport.counters.tx_port_dropped.bump();
             }
         }

@@ -4,7 +4,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
 
 use crate::counters::VportCounters;
-use crate::doors::Port;
+use crate::doors::{Port, PortCapabilities};
 use crate::packet::ETHERNET_HEADER;
 use crate::rx::{Receive, RxConfigError, RxUpdate};
 
@@ -16,6 +16,8 @@ pub struct Vport {
     pub mac: [u8; 6],
     /// The cable.
     pub port: Arc<dyn Port>,
+    /// What the cable does itself.
+    pub capabilities: PortCapabilities,
     /// Bytes of the longest frame without VLAN tag.
     pub max_frame: usize,
     /// Traffic and drops.
@@ -34,6 +36,7 @@ impl Vport {
         Self {
             index,
             mac,
+            capabilities: port.capabilities(),
             port,
             max_frame: usize::from(mtu) + ETHERNET_HEADER,
             counters: VportCounters::default(),

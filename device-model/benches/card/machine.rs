@@ -21,6 +21,8 @@ const BUDGET: usize = 64;
 const WQE: u32 = 32;
 /// Bytes of a completion.
 const CQE: u32 = 64;
+/// Bytes of an event.
+const EQE: u32 = 16;
 
 /// A machine with one port whose cable takes every frame and looks at none.
 pub struct Machine {
@@ -77,7 +79,7 @@ impl Machine {
     pub fn senders(&self, frames: &[Vec<u8>]) -> Vec<Send> {
         let key = self.driver.registration.gpa_mkey;
         let netdev = &self.driver.netdevs[0];
-        let sender = |(frames, ring): (&[Vec<u8>], &mana_test_driver::TxRing)| {
+        let sender = |(queue, (frames, ring)): (usize, (&[Vec<u8>], &mana_test_driver::TxRing))| {
             let oob = u64::from(ring.cq) << 8 | u64::from(netdev.vport_offset) << 56;
             let oob = oob | u64::from(ring.wq.id >> 10 & 0x3fff) << 42;
             let wqes = frames.iter().map(|frame| wqe(oob, self.place(frame), key, frame.len() as u32));
@@ -93,10 +95,11 @@ impl Machine {
                 id: ring.wq.id,
                 page: ring.wq.page(),
                 completions: self.completions(ring.cq, ring.wq.page()),
+                events: self.events(queue, ring.wq.page()),
             }
         };
         let share = frames.len().div_ceil(netdev.tx.len());
-        frames.chunks(share).zip(&netdev.tx).map(sender).collect()
+        frames.chunks(share).zip(&netdev.tx).enumerate().map(sender).collect()
     }
     /// The receive queues, their rings full of buffers.
     pub fn receivers(&self) -> Vec<Receive> {
@@ -140,6 +143,17 @@ impl Machine {
     fn ring(&self, ring: &RingMemory) -> VolatileSlice<'static> {
         let address = GuestAddress(ring.dma().address());
         self.memory.get_slice(address, ring.len() as usize).expect("the ring is in one piece")
+    }
+    fn events(&self, queue: usize, page: DoorbellPage) -> Events {
+        let queue = self.driver.event_queue(0, queue);
+        Events {
+            device: self.device(),
+            ring: self.ring(queue.ring()),
+            entries: queue.entries(),
+            head: queue.head(),
+            id: queue.id,
+            page,
+        }
     }
     fn completions(&self, cq: u32, page: DoorbellPage) -> Completions {
         let queue = self.driver.completion_queue(cq);
@@ -203,6 +217,34 @@ impl Completions {
     }
 }
 
+/// An event queue from its driver's side.
+pub struct Events {
+    device: &'static ManaDevice,
+    ring: VolatileSlice<'static>,
+    entries: u32,
+    head: u32,
+    id: u32,
+    page: DoorbellPage,
+}
+
+impl Events {
+    /// Take the next event, if there is one.
+    fn next(&mut self) -> Option<u32> {
+        let at = ((self.head & (self.entries - 1)) * EQE) as usize;
+        let word: u32 = self.ring.load(at + 12, Acquire).expect("inside");
+        if word >> 29 != (self.head / self.entries) & 7 {
+            return None;
+        }
+        self.head += 1;
+        Some(word & 0xff)
+    }
+    /// The interrupt handler: take what is there, arm.
+    fn handle(&mut self) {
+        while self.next().is_some() {}
+        ring(self.device, self.page, EQ, self.id, self.head & (self.entries * 8 - 1) | 1 << 31);
+    }
+}
+
 /// A send queue from its driver's side.
 pub struct Send {
     device: &'static ManaDevice,
@@ -216,6 +258,7 @@ pub struct Send {
     id: u32,
     page: DoorbellPage,
     completions: Completions,
+    events: Events,
 }
 
 impl Send {
@@ -264,12 +307,22 @@ impl Send {
     }
     /// Take `count` completions, which must be there, and ring.
     #[inline]
-    pub fn reap(&mut self, count: usize, arm: bool) {
+    pub fn reap(&mut self, count: usize) {
         for _ in 0..count {
             let (kind, _) = self.completions.next().expect("a completion for each WQE");
             assert_eq!(kind, 32, "sent");
         }
-        self.completions.ring(arm);
+        self.completions.ring(false);
+    }
+    /// As [`reap`](Self::reap) after an interrupt: take the event and arm the event queue; at last arm the
+    /// completion queue.
+    pub fn reap_after_interrupt(&mut self, count: usize) {
+        self.events.handle();
+        for _ in 0..count {
+            let (kind, _) = self.completions.next().expect("a completion for each WQE");
+            assert_eq!(kind, 32, "sent");
+        }
+        self.completions.ring(true);
     }
     /// Wait for one completion, take it and ring.
     pub fn reap_one_waiting(&mut self) {
@@ -351,15 +404,13 @@ pub struct Channel {
     request: [u8; 64],
     buffer: [u8; 32],
     page: DoorbellPage,
-    eq: VolatileSlice<'static>,
-    eq_head: u32,
+    events: Events,
     completions: Completions,
 }
 
 impl Channel {
     /// Bytes of each ring.
     const RING: u32 = 4096;
-    const EVENTS: u32 = Self::RING / 16;
 
     /// A channel of its own, established a second time over the test driver's.
     pub fn new() -> Self {
@@ -396,26 +447,19 @@ impl Channel {
             request: wqe_request,
             buffer: wqe(0, response, key, 4096),
             page,
-            eq: slice(eq),
-            eq_head: Self::EVENTS,
+            events: Events {
+                device,
+                ring: slice(eq),
+                entries: Self::RING / EQE,
+                head: Self::RING / EQE,
+                id: 0,
+                page,
+            },
             completions,
         };
-        while channel.take_event().is_some() {}
-        channel.ring_eq();
+        channel.events.handle();
         channel.post_buffer();
         channel
-    }
-    fn take_event(&mut self) -> Option<u32> {
-        let at = ((self.eq_head & (Self::EVENTS - 1)) * 16) as usize;
-        let word: u32 = self.eq.load(at + 12, Acquire).expect("inside");
-        if word >> 29 != (self.eq_head / Self::EVENTS) & 7 {
-            return None;
-        }
-        self.eq_head += 1;
-        Some(word & 0xff)
-    }
-    fn ring_eq(&self) {
-        ring(self.device, self.page, EQ, 0, self.eq_head & (Self::EVENTS * 8 - 1) | 1 << 31);
     }
     fn post_buffer(&mut self) {
         let at = (self.rq_tail & (Self::RING - 1)) as usize;
@@ -443,12 +487,12 @@ impl Channel {
                 None => std::hint::spin_loop(),
             }
         }
-        while self.take_event().is_none() {
+        while self.events.next().is_none() {
             std::hint::spin_loop();
         }
         self.post_buffer();
         self.completions.ring(true);
-        self.ring_eq();
+        self.events.handle();
     }
     /// The card.
     pub fn device(&self) -> &'static ManaDevice {

@@ -1,6 +1,7 @@
 //! Event queues: created one by one, tested with an event of their own, disabled.
 
 use crate::command::{CommandResult, Context, Message, Reply};
+use crate::dma::GuestRam;
 use crate::ledger;
 use crate::observe::QueueKind;
 use crate::queues::HWC_QUEUE;
@@ -64,7 +65,7 @@ pub fn generate_test_eqe(context: &mut Context<'_>, message: &Message<'_, Genera
     if !owned {
         return Err(CommandError::not_found(format!("event queue {id} is not {device:?}'s")));
     }
-    if !context.card.queues.post_event(context.memory, id, EventEntry::Test) {
+    if !context.card.queues.post_event(&GuestRam::new(context.memory), id, EventEntry::Test) {
         return Err(CommandError::dma(format!("event queue {id} takes no event")));
     }
     Ok(Reply::empty())

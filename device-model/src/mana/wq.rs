@@ -4,6 +4,7 @@ use zerocopy::little_endian::U64;
 
 use super::{for_registered_mana, vport};
 use crate::command::{CommandResult, Context, Message, Reply};
+use crate::dma::GuestRam;
 use crate::ledger;
 use crate::observe::QueueKind;
 use crate::queues::WqObject;
@@ -104,7 +105,7 @@ pub fn fence(context: &mut Context<'_>, message: &Message<'_, FenceRq>) -> Comma
         *pair.ok_or_else(|| CommandError::not_found(format!("there is no receive object {handle:#x}")))?;
     let card = context.card;
     if let Some(vport) = card.vports.get(pair.vport) {
-        let posted = rx::fence(&card.queues, context.memory, vport, pair.wq);
+        let posted = rx::fence(&card.queues, &GuestRam::new(context.memory), vport, pair.wq);
         posted.map_err(|error| CommandError::dma(error.to_string()))?;
     }
     Ok(Reply::empty())

@@ -259,7 +259,7 @@ fn fence_comes_after_the_packets_and_consumes_nothing() {
     });
     rq.ring(&rig);
     rig.deliver(&[[7; 60], [8; 60]]);
-    fence(&rig.queues, &rig.memory, rig.vport(), 1).unwrap();
+    fence(&rig.queues, &GuestRam::new(&rig.memory), rig.vport(), 1).unwrap();
     rig.deliver(&[[9; 61]]);
     assert_eq!(shapes(&rig, &mut rq), [(1, vec![60]), (1, vec![60]), (3, vec![]), (1, vec![61])]);
 }
@@ -274,7 +274,7 @@ fn fence_waits_for_a_slot_in_a_full_completion_queue() {
     });
     rq.ring(&rig);
     assert_eq!(rig.deliver(&[[7; 60]; 64]), 64);
-    fence(&rig.queues, &rig.memory, rig.vport(), 1).unwrap();
+    fence(&rig.queues, &GuestRam::new(&rig.memory), rig.vport(), 1).unwrap();
     let first: Vec<_> = shapes(&rig, &mut rq);
     assert_eq!((first.len(), first.iter().filter(|(kind, _)| *kind == 3).count()), (64, 0));
     rq.ring_cq(&rig, true);

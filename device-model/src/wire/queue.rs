@@ -127,6 +127,11 @@ pub struct Eqe {
 const _: () = assert!(size_of::<Eqe>() == 16);
 const _: () = assert!(std::mem::offset_of!(Eqe, info) == 12);
 
+impl Eqe {
+    /// Bytes of details.
+    pub const DETAILS: usize = 12;
+}
+
 /// Owner bits of a CQE's or EQE's last word (`GDMA_CQE_OWNER_MASK`, `GDMA_EQE_OWNER_MASK`: 3 bits).
 pub const OWNER_SHIFT: u32 = 29;
 

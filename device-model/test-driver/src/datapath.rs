@@ -3,7 +3,7 @@
 use crate::driver::Driver;
 use crate::memory::GuestMemory;
 use crate::netdev::{Pending, Received, RxRing};
-use crate::queues::{CompletionQueue, Cqe, Sge, Wqe};
+use crate::queues::{CompletionQueue, Cqe, EventQueue, Sge, Wqe};
 
 /// Completions that one poll of a send queue takes.
 const TX_BUDGET: usize = 64;
@@ -178,6 +178,12 @@ impl Driver<'_> {
     /// The driver has none with that id.
     pub fn completion_queue(&self, cq: u32) -> &CompletionQueue {
         &self.cqs[&cq]
+    }
+
+    /// The event queue that queue pair `queue` of `port` notifies.
+    pub fn event_queue(&self, port: usize, queue: usize) -> &EventQueue {
+        let eqs = if self.device_eqs.is_empty() { &self.netdevs[port].eqs } else { &self.device_eqs };
+        &self.irqs.eq(eqs[queue % eqs.len()]).queue
     }
 
     /// Packets of a send queue that are not completed.

@@ -148,6 +148,10 @@ impl EventQueue {
     pub fn entries(&self) -> u32 {
         self.consumer.entries
     }
+    /// The ring.
+    pub fn ring(&self) -> &RingMemory {
+        &self.consumer.ring
+    }
     /// Give up the ring.
     pub fn into_ring(self) -> RingMemory {
         self.consumer.ring

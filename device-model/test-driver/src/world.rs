@@ -189,8 +189,8 @@ impl Cable {
     pub fn unplug(&self, unplugged: bool) {
         self.unplugged.store(unplugged, Ordering::Relaxed);
     }
-    /// Count frames without keeping them (benchmarks).
-    pub fn only_count(&self) {
+    /// Take frames without looking at them (benchmarks).
+    pub fn look_away(&self) {
         self.keep.store(false, Ordering::Relaxed);
     }
 }
@@ -200,13 +200,13 @@ impl Port for Cable {
         self.capabilities
     }
     fn send(&self, frame: &TxFrame<'_>) -> Result<(), PortDropped> {
+        if !self.keep.load(Ordering::Relaxed) {
+            return Ok(());
+        }
         if self.unplugged.load(Ordering::Relaxed) {
             return Err(PortDropped);
         }
         self.frames.fetch_add(1, Ordering::Relaxed);
-        if !self.keep.load(Ordering::Relaxed) {
-            return Ok(());
-        }
         let mut bytes = vec![0; frame.len];
         let mut at = 0;
         for slice in frame.slices {
@@ -263,14 +263,14 @@ impl World {
         Self::build(config, cpus, capabilities, true)
     }
 
-    /// As [`with_ports`](Self::with_ports), with no observer attached and cables that only count: what benchmarks
-    /// time.
+    /// As [`with_ports`](Self::with_ports), with no observer attached and cables that take frames without
+    /// looking at them: what benchmarks time.
     ///
     /// # Panics
     /// The device refuses `config`.
     pub fn unobserved(config: DeviceConfig, cpus: u32, capabilities: PortCapabilities) -> Self {
         let world = Self::build(config, cpus, capabilities, false);
-        world.cables.iter().for_each(|cable| cable.only_count());
+        world.cables.iter().for_each(|cable| cable.look_away());
         world
     }
 
