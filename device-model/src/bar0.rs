@@ -136,8 +136,15 @@ pub enum Doorbell {
         /// Notify of the next.
         arm: bool,
     },
-    /// Interrupt moderation of a completion queue.
-    CqModeration,
+    /// Interrupt moderation of a completion queue: what is `None` stays as it is.
+    CqModeration {
+        /// Queue id.
+        id: u32,
+        /// Microseconds, at most 1023.
+        usec: Option<u16>,
+        /// Completions, at most 255.
+        completions: Option<u16>,
+    },
     /// Entries were taken from an event queue.
     Eq {
         /// Queue id.
@@ -160,7 +167,11 @@ impl Doorbell {
             0x400 => Self::Rq { id, tail: high, wqe_count: (value >> 24) as u8 },
             0x408 => Self::RqClientData,
             0x800 => Self::Cq { id, tail, arm },
-            0x820 => Self::CqModeration,
+            0x820 => Self::CqModeration {
+                id,
+                usec: (high >> 15 & 1 != 0).then_some((high & 0x3ff) as u16),
+                completions: (high >> 31 != 0).then_some((high >> 16 & 0xff) as u16),
+            },
             0xff8 => Self::Eq { id, tail, arm },
             _ => return None,
         })
@@ -218,5 +229,9 @@ mod tests {
         let counted = Doorbell::Rq { id: 7, tail: 0x8000_0105, wqe_count: 3 };
         assert_eq!(Doorbell::decode(0x400, value | 3 << 24), Some(counted));
         assert_eq!(Doorbell::decode(0x10, value), None);
+        let moderation = Doorbell::CqModeration { id: 7, usec: Some(0x3ff), completions: None };
+        assert_eq!(Doorbell::decode(0x820, 0x7eff_83ff_0000_0007), Some(moderation));
+        let moderation = Doorbell::CqModeration { id: 7, usec: None, completions: Some(0x12) };
+        assert_eq!(Doorbell::decode(0x820, 0x8012_7fff_0000_0007), Some(moderation));
     }
 }

@@ -236,6 +236,7 @@ commands! {
     0x20007 MANA_CONFIG_VPORT_RX ConfigVportRx(wire_mana::ConfigVportRx, since 112) => mana::vport::config_rx;
     0x20008 MANA_QUERY_VPORT_CONFIG QueryVportConfig(wire_mana::QueryVportConfig) => mana::vport::query_config;
     0x2000a MANA_QUERY_LINK_CONFIG QueryLinkConfig(wire_mana::QueryLinkConfig) => mana::stats::query_link_config;
+    0x2000b MANA_SET_BW_CLAMP SetBwClamp(wire_mana::SetBwClamp) => mana::stats::set_bw_clamp;
     0x2000c MANA_QUERY_PHY_STAT QueryPhyStat(wire_mana::QueryPhyStat) => mana::stats::query_phy_stat;
 }
 

@@ -19,6 +19,11 @@ pub const DOORBELL_PAGES: RangeInclusive<u16> = 2..=4096;
 /// Legal MTUs: IPv4's least, and the largest that the card's 16-bit frame length leaves room for.
 pub const MTUS: RangeInclusive<u16> = 68..=9216;
 
+/// Most entries of an indirection table (`MANA_INDIRECT_TABLE_MAX_SIZE`).
+pub const MAX_INDIRECTION_ENTRIES: u16 = 512;
+/// Slowest link, Mbit/s: the smallest bandwidth clamp.
+pub const MIN_LINK_SPEED_MBPS: u32 = 100;
+
 /// A configuration the device can't be built from.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("{option}: {reason}")]
@@ -47,6 +52,19 @@ pub struct VportConfig {
     pub max_queues: u16,
 }
 
+/// What the host lets a vPort send. All of it, if nobody says otherwise.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct TxPolicy {
+    /// Nothing: the function's traffic is disabled (completions of type `CQE_TX_VF_DISABLED`).
+    pub disabled: bool,
+    /// Only frames whose source address is the vPort's (else `CQE_TX_SA_DROP`).
+    pub own_source_only: bool,
+    /// Only ARP, IPv4 and IPv6 (else `CQE_TX_INVALID_ETH_TYPE`).
+    pub ip_only: bool,
+    /// No VLAN tags, neither in the frame nor to be inserted (else `CQE_TX_VLAN_TAGGING_VIOLATION`).
+    pub untagged_only: bool,
+}
+
 /// The whole device, as the host configured it.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct DeviceConfig {
@@ -66,6 +84,10 @@ pub struct DeviceConfig {
     pub rdma: bool,
     /// Doorbell pages in BAR0; the first is the hardware channel's.
     pub doorbell_pages: u16,
+    /// `num_indirection_ent` of MANA_QUERY_VPORT_CONFIG, a power of two up to 512.
+    pub indirection_entries: u16,
+    /// Speed of the card's link, Mbit/s.
+    pub link_speed_mbps: u32,
 }
 
 impl Default for DeviceConfig {
@@ -79,6 +101,8 @@ impl Default for DeviceConfig {
             mtu: 1500,
             rdma: false,
             doorbell_pages: 128,
+            indirection_entries: 64,
+            link_speed_mbps: 200_000,
         }
     }
 }
@@ -112,6 +136,17 @@ impl DeviceConfig {
         in_range("mtu", self.mtu, MTUS)?;
         in_range("msix-table", self.msix_table_size, MSIX_TABLE_SIZES)?;
         in_range("doorbell-pages", self.doorbell_pages, DOORBELL_PAGES)?;
+        if !self.indirection_entries.is_power_of_two() || self.indirection_entries > MAX_INDIRECTION_ENTRIES {
+            let reason = format!(
+                "{}, but powers of two up to {MAX_INDIRECTION_ENTRIES} are possible",
+                self.indirection_entries
+            );
+            return fail("indirection-entries", reason);
+        }
+        if self.link_speed_mbps < MIN_LINK_SPEED_MBPS {
+            let reason = format!("{} Mbit/s, but {MIN_LINK_SPEED_MBPS} is the least", self.link_speed_mbps);
+            return fail("link-speed", reason);
+        }
         let (table, pba) = (self.table_range(), self.pba_range());
         self.check_place("msix-table", self.msix_table, &table)?;
         self.check_place("msix-pba", self.msix_pba, &pba)?;
@@ -212,6 +247,9 @@ mod tests {
         assert_eq!(bad(|config| config.mtu = 67), Err("mtu"));
         assert_eq!(bad(|config| config.msix_table_size = 2049), Err("msix-table"));
         assert_eq!(bad(|config| config.doorbell_pages = 1), Err("doorbell-pages"));
+        assert_eq!(bad(|config| config.indirection_entries = 48), Err("indirection-entries"));
+        assert_eq!(bad(|config| config.indirection_entries = 1024), Err("indirection-entries"));
+        assert_eq!(bad(|config| config.link_speed_mbps = 99), Err("link-speed"));
         assert_eq!(bad(|config| config.max_msix = 1), Ok(()));
     }
 }

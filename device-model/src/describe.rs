@@ -44,7 +44,7 @@ describe! {
     gdma::VerifyVersion {
         protocol_ver_min, protocol_ver_max, drv_cap_flags1, os_type, os_ver_major, os_ver_minor, os_ver_build
     }
-    gdma::VerifyVersionReply { gdma_protocol_ver }
+    gdma::VerifyVersionReply { gdma_protocol_ver, pf_cap_flags1 }
     gdma::MaxResources { max_sq, max_rq, max_cq, max_eq, max_db, max_mst, max_msix }
     gdma::DeviceList { num_of_devs }
     gdma::RegisterDeviceReply { pdid, gpa_mkey, db_id }
@@ -69,9 +69,12 @@ describe! {
     mana::ConfigVportTx { vport, pdid, doorbell_pageid }
     mana::ConfigVportTxReply { tx_vport_offset, short_form_allowed }
     mana::CreateWqObj {
-        vport, wq_type, wq_gdma_region, cq_gdma_region, wq_size, cq_size, cq_parent_qid, req_cq_moderation
+        vport, wq_type, wq_gdma_region, cq_gdma_region, wq_size, cq_size, cq_parent_qid, req_cq_moderation,
+        cq_moderation_comp, cq_moderation_usec
     }
-    mana::CreateWqObjReply { wq_id, cq_id, wq_obj, cq_moderation_enabled }
+    mana::CreateWqObjReply {
+        wq_id, cq_id, wq_obj, cq_moderation_comp, cq_moderation_usec, cq_moderation_enabled
+    }
     mana::DestroyWqObj { wq_type, wq_obj }
     mana::FenceRq { wq_obj }
     mana::ConfigVportRx {
@@ -83,6 +86,8 @@ describe! {
     mana::GfStat { reported_stats, rx_discards_nowqe, rx_bytes, tx_bytes }
     mana::QueryLinkConfig { vport }
     mana::QueryLinkConfigReply { qos_speed_mbps, qos_unconfigured, link_speed_mbps }
+    mana::SetBwClamp { vport, enable_clamping, link_speed_mbps }
+    mana::SetBwClampReply { qos_unconfigured }
     mana::QueryPhyStat { req_stats }
     mana::PhyStat { reported_stats }
 }

@@ -6,7 +6,7 @@ use std::sync::{Arc, Mutex};
 
 use crate::bar0::{Doorbell, Layout, Target};
 use crate::card::Card;
-use crate::config::{BarLocation, ConfigError, DeviceConfig};
+use crate::config::{BarLocation, ConfigError, DeviceConfig, TxPolicy};
 use crate::counters::Counters;
 use crate::dma::Dma;
 use crate::doors::{Clock, Memory, MsiSink, Port, RxFrame, Waker, Work};
@@ -255,13 +255,16 @@ impl ManaDevice {
         match work {
             Work::Hwc => lock(&self.firmware).run(&self.card, budget),
             Work::Transmit { sq } => tx::run(&self.card.queues, &self.card.vports, sq, budget),
-            // Nothing has a deadline yet.
-            Work::Timers => Ran::Idle,
+            Work::Timers => {
+                // Who runs the timers so asks for the next deadline by and by.
+                self.run_timers();
+                Ran::Idle
+            }
         }
     }
     /// Do what has come due; the answer is the next deadline on the [`Clock`], if there is one.
     pub fn run_timers(&self) -> Option<u64> {
-        None
+        self.card.queues.run_timers()
     }
     /// Frames from the cable of vPort `port`, in order. Each is steered, written to guest memory and completed,
     /// or dropped and counted; the answer is how many were not dropped.
@@ -296,6 +299,15 @@ impl ManaDevice {
             }
         }
         fields
+    }
+    /// Named counters of vPort `port` alone; `None` if there is no such port.
+    pub fn port_counters(&self, port: usize) -> Option<Fields> {
+        self.card.vports.get(port).map(|vport| vport.counters.fields())
+    }
+    /// What the host lets vPort `port` send from now on, whatever the driver does; survives resets. `false` if there
+    /// is no such port.
+    pub fn set_tx_policy(&self, port: usize, policy: TxPolicy) -> bool {
+        self.card.vports.get(port).map(|vport| vport.set_tx_policy(policy)).is_some()
     }
     /// Rules of the device that the driver broke, with how often.
     pub fn violations(&self) -> Fields {

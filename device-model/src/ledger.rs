@@ -78,6 +78,7 @@ pub fn release_all(card: &Card, objects: &mut Objects) {
     }
     // Whatever is added to the table must be released above or be memory only.
     *objects = Objects::new(card.queues.limits().wqs());
+    card.queues.clear_timers();
     card.core.msix.clear_pending();
 }
 

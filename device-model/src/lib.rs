@@ -26,6 +26,7 @@ mod ring;
 mod rules;
 mod rx;
 pub mod segment;
+mod shaper;
 mod smc;
 mod status;
 pub mod steer;
@@ -33,6 +34,7 @@ mod sync;
 mod table;
 #[cfg(test)]
 mod testing;
+mod timers;
 mod tx;
 mod vport;
 pub mod wire;

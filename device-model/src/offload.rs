@@ -20,6 +20,8 @@ pub struct HeaderError;
 pub struct TxChecksums {
     /// The IPv4 header whose checksum is to be made.
     pub ip: Option<Ip>,
+    /// The IPv4 header in front of an encapsulated packet, if its checksum is to be made, too.
+    pub outer_ip: Option<Ip>,
     /// The transport header whose checksum is to be completed.
     pub transport: Option<Transport>,
 }
@@ -31,26 +33,30 @@ impl TxChecksums {
     /// # Errors
     /// [`HeaderError`] if they are not there.
     pub fn locate(oob: &TxOob, frame: &[u8]) -> Result<Self, HeaderError> {
-        let ip = if oob.compute_ip_checksum() || oob.compute_udp_checksum() {
-            Some(ip_header(oob, frame).ok_or(HeaderError)?)
-        } else {
-            None
+        let transport_offset = usize::from(oob.transport_offset());
+        let find = oob.compute_ip_checksum() || oob.compute_udp_checksum() || transport_offset == 0;
+        let ip = if find { Some(ip_header(oob, frame).ok_or(HeaderError)?) } else { None };
+        let found = |protocol| {
+            let transport = ip.and_then(|ip| ip.transport).filter(|found| found.protocol == protocol);
+            transport.ok_or(HeaderError)
         };
-        let transport = if oob.compute_tcp_checksum() {
-            let offset = usize::from(oob.transport_offset());
-            Some(Transport { protocol: Protocol::Tcp, offset })
+        let transport = if oob.compute_tcp_checksum() && transport_offset != 0 {
+            Some(Transport { protocol: Protocol::Tcp, offset: transport_offset })
+        } else if oob.compute_tcp_checksum() {
+            Some(found(Protocol::Tcp)?)
         } else if oob.compute_udp_checksum() {
-            let found = ip.and_then(|ip| ip.transport).filter(|found| found.protocol == Protocol::Udp);
-            Some(found.ok_or(HeaderError)?)
+            Some(found(Protocol::Udp)?)
         } else {
             None
         };
-        let ip = ip.filter(|ip| oob.compute_ip_checksum() && ip.version == IpVersion::V4);
-        Ok(Self { ip, transport })
+        let v4 = |ip: &Ip| oob.compute_ip_checksum() && ip.version == IpVersion::V4;
+        let outer_ip =
+            if oob.is_encapsulated() && oob.is_outer_ipv4() { Headers::parse(frame).ip } else { None };
+        Ok(Self { ip: ip.filter(v4), outer_ip: outer_ip.filter(v4), transport })
     }
     /// Nothing to do.
     pub fn is_empty(&self) -> bool {
-        self.ip.is_none() && self.transport.is_none()
+        self.ip.is_none() && self.outer_ip.is_none() && self.transport.is_none()
     }
     /// What a port that makes transport checksums is told.
     pub fn partial(&self) -> Option<PartialChecksum> {
@@ -63,7 +69,7 @@ impl TxChecksums {
     /// # Errors
     /// [`HeaderError`] if a checksum lies outside the frame.
     pub fn fill(&self, frame: &mut [u8]) -> Result<(), HeaderError> {
-        if let Some(ip) = &self.ip {
+        for ip in self.outer_ip.iter().chain(&self.ip) {
             fill_ip(frame, ip)?;
         }
         match self.transport {

@@ -4,8 +4,8 @@
 //! checks the page, stores the tail, and wakes whoever runs the queue if nobody is running it. Completion and event
 //! queues are rung in place, under their own lock.
 //!
-//! Lock order: work queue, completion queue; event queue alone; MSI-X entries alone. The interrupt leaves with no
-//! queue's lock held.
+//! Lock order: work queue, completion queue; event queue alone; deadlines alone; MSI-X entries alone. The interrupt
+//! leaves with no queue's lock held.
 
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard};
@@ -18,9 +18,10 @@ use crate::dma::{Dma, GuestRam};
 use crate::doors::{Waker, Work};
 use crate::observe::{Event, QueueKind, Tracer};
 use crate::pci::msix::Msix;
-use crate::ring::{CompletionQueue, EventQueue, PostError, Rung, WorkQueue, Wqe};
+use crate::ring::{CompletionQueue, EventQueue, Moderation, Notify, PostError, Rung, WorkQueue, Wqe};
 use crate::rules::{Rule, Rules};
 use crate::sync::lock;
+use crate::timers::{Timer, Timers};
 use crate::wire::queue::EventEntry;
 
 /// Id of each queue of the hardware channel, in each kind's own numbering.
@@ -28,6 +29,9 @@ pub const HWC_QUEUE: u32 = 0;
 
 /// A slot whose queue does not exist has no page.
 const NO_PAGE: u32 = u32::MAX;
+
+/// How often a deadline is put off while bus mastering is off, nanoseconds.
+const BUS_MASTER_RETRY_NS: u64 = 1_000_000;
 
 /// What every part of the device reports to and reaches out through.
 pub struct Core {
@@ -127,7 +131,10 @@ pub struct WqObject {
     /// Where frames are put together whose bytes change on the way out. Grows to the largest, then stays.
     pub scratch: Vec<u8>,
     /// Where WQEs are read to.
-    pub wqe: Wqe,
+    pub wqe: Box<Wqe>,
+    /// The vPort's bandwidth clamp holds the queue back until then, and it will be woken: nanoseconds of the device's
+    /// clock.
+    pub held_until: Option<u64>,
 }
 
 impl WqObject {
@@ -142,7 +149,8 @@ impl WqObject {
             room: 0,
             stopped: false,
             scratch: Vec::new(),
-            wqe: Wqe::default(),
+            wqe: Box::default(),
+            held_until: None,
         }
     }
 }
@@ -187,6 +195,7 @@ pub struct Queues {
     cqs: Box<[Slot<CompletionQueue>]>,
     sqs: Box<[Slot<WqObject>]>,
     rqs: Box<[Slot<WqObject>]>,
+    timers: Timers,
 }
 
 fn slots<Q>(count: u32) -> Box<[Slot<Q>]> {
@@ -210,7 +219,9 @@ impl Queues {
     /// No queues yet, room for `limits`.
     pub fn new(core: Arc<Core>, limits: Limits) -> Self {
         let Limits { eqs, cqs, sqs, rqs } = limits;
-        Self { core, limits, eqs: slots(eqs), cqs: slots(cqs), sqs: slots(sqs), rqs: slots(rqs) }
+        // Each queue has one deadline at a time.
+        let timers = Timers::new((cqs + sqs) as usize);
+        Self { core, limits, eqs: slots(eqs), cqs: slots(cqs), sqs: slots(sqs), rqs: slots(rqs), timers }
     }
     /// How many queues there can be.
     pub fn limits(&self) -> Limits {
@@ -248,12 +259,57 @@ impl Queues {
         let mut slot = self.cq(id)?.lock();
         let cq = slot.as_mut()?;
         let result = post(cq);
-        let notify = cq.take_notification().then(|| cq.parent_eq());
+        let (notify, eq) = (cq.notification(|| self.core.tracer.now_ns()), cq.parent_eq());
         drop(slot);
-        if let Some(eq) = notify {
+        if self.notify(id, notify) {
             self.post_event(ram, eq, EventEntry::Completion(id));
         }
         Some(result)
+    }
+    /// Whether completion queue `id` notifies now; later, if that is what `notify` says.
+    #[inline]
+    fn notify(&self, id: u32, notify: Notify) -> bool {
+        if let Notify::At(at_ns) = notify {
+            self.add_timer(at_ns, Timer::Moderation { cq: id });
+        }
+        notify == Notify::Now
+    }
+    /// Have `timer` come due at `at_ns`.
+    pub fn add_timer(&self, at_ns: u64, timer: Timer) {
+        if self.timers.add(at_ns, timer) {
+            self.core.waker.wake(Work::Timers);
+        }
+    }
+    /// Do what has come due; the answer is the next deadline.
+    pub fn run_timers(&self) -> Option<u64> {
+        self.timers.begin();
+        let now_ns = self.core.tracer.now_ns();
+        while let Some(timer) = self.timers.pop(now_ns) {
+            match timer {
+                Timer::Moderation { cq } => self.expire(cq, now_ns),
+                Timer::Shaping { sq } => self.resume(sq),
+            }
+        }
+        self.timers.earliest()
+    }
+    /// Nothing is to be done later any more.
+    pub fn clear_timers(&self) {
+        self.timers.clear();
+    }
+    /// The wait of completion queue `id` is over.
+    fn expire(&self, id: u32, now_ns: u64) {
+        let Some(memory) = self.core.dma.map() else {
+            // Bus mastering may come back.
+            return self.add_timer(now_ns.saturating_add(BUS_MASTER_RETRY_NS), Timer::Moderation { cq: id });
+        };
+        let Some(slot) = self.cq(id) else { return };
+        let mut queue = slot.lock();
+        let Some(cq) = queue.as_mut() else { return };
+        let (notify, eq) = (cq.expire(now_ns), cq.parent_eq());
+        drop(queue);
+        if self.notify(id, notify) {
+            self.post_event(&GuestRam::new(&memory), eq, EventEntry::Completion(id));
+        }
     }
     /// Post `event` to event queue `id` and interrupt if it is armed. `false` if there is no such queue or the event
     /// is lost; that is counted.
@@ -286,8 +342,11 @@ impl Queues {
             Doorbell::Rq { id, tail, wqe_count } => self.ring_rq(page, id, tail, wqe_count),
             Doorbell::Cq { id, tail, arm } => self.ring_cq(page, id, tail, arm),
             Doorbell::Eq { id, tail, arm } => self.ring_eq(page, id, tail, arm),
-            // Accepted and without effect: moderation and armed completions are not offered.
-            Doorbell::RqClientData | Doorbell::CqModeration => true,
+            Doorbell::CqModeration { id, usec, completions } => {
+                self.ring_moderation(page, id, usec, completions)
+            }
+            // Accepted and without effect: armed completions are not offered.
+            Doorbell::RqClientData => true,
         };
         if !live {
             self.core.counters.doorbell_dead.bump();
@@ -324,14 +383,34 @@ impl Queues {
         let Some(cq) = queue.as_mut() else { return false };
         let rung = cq.ring(tail, arm);
         let held = if rung.freed && cq.is_holding() { self.with_ram(|ram| cq.post_held(ram)) } else { None };
-        let eq = cq.parent_eq();
+        let (notify, eq) = (cq.notification(|| self.core.tracer.now_ns()), cq.parent_eq());
         let waiter = cq.take_waiter();
         drop(queue);
-        if self.rung(QueueKind::Cq, id, tail, rung, held) {
+        self.rung(QueueKind::Cq, id, tail, rung, held);
+        if self.notify(id, notify) {
             self.with_ram(|ram| self.post_event(ram, eq, EventEntry::Completion(id)));
         }
         if let Some(sq) = waiter {
             self.resume(sq);
+        }
+        true
+    }
+    fn ring_moderation(&self, page: u32, id: u32, usec: Option<u16>, completions: Option<u16>) -> bool {
+        let Some(slot) = live(&self.cqs, page, id) else { return false };
+        let mut queue = slot.lock();
+        let Some(cq) = queue.as_mut() else { return false };
+        let old = cq.moderation();
+        cq.moderate(Moderation {
+            usec: usec.unwrap_or(old.usec),
+            completions: completions.unwrap_or(old.completions),
+        });
+        if !self.core.dma.is_enabled() {
+            return true;
+        }
+        let (notify, eq) = (cq.notification(|| self.core.tracer.now_ns()), cq.parent_eq());
+        drop(queue);
+        if self.notify(id, notify) {
+            self.with_ram(|ram| self.post_event(ram, eq, EventEntry::Completion(id)));
         }
         true
     }
@@ -344,9 +423,10 @@ impl Queues {
         let Some(eq) = queue.as_mut() else { return false };
         let rung = eq.ring(tail, arm);
         let held = if rung.freed && eq.is_holding() { self.with_ram(|ram| eq.post_held(ram)) } else { None };
-        let vector = eq.msix();
+        let (interrupt, vector) = (eq.take_notification(), eq.msix());
         drop(queue);
-        if self.rung(QueueKind::Eq, id, tail, rung, held) {
+        self.rung(QueueKind::Eq, id, tail, rung, held);
+        if interrupt {
             self.core.msix.signal(vector);
         }
         true
@@ -356,28 +436,15 @@ impl Queues {
         let memory = self.core.dma.map()?;
         Some(work(&GuestRam::new(&memory)))
     }
-    /// Account for a consumer's doorbell and for the entries that it has freed slots for; `true` if a notification
-    /// is due.
+    /// Account for a consumer's doorbell, and for the kept entries that it has made room for.
     #[inline]
-    fn rung(
-        &self,
-        kind: QueueKind,
-        id: u32,
-        tail: u32,
-        rung: Rung,
-        held: Option<Result<bool, PostError>>,
-    ) -> bool {
+    fn rung(&self, kind: QueueKind, id: u32, tail: u32, rung: Rung, held: Option<Result<(), PostError>>) {
         if rung.impossible {
             self.core.counters.doorbell_tail.bump();
             self.core.broken(Rule::ConsumerTail, || format!("tail {tail} for {kind:?} {id}"));
         }
-        match held {
-            None => rung.notify,
-            Some(Ok(notify)) => rung.notify | notify,
-            Some(Err(error)) => {
-                count!(self.core.counters.completions_lost, "entry lost on {kind:?} {id}: {error}");
-                rung.notify
-            }
+        if let Some(Err(error)) = held {
+            count!(self.core.counters.completions_lost, "entry lost on {kind:?} {id}: {error}");
         }
     }
     /// Have send queue `id` run again if it has something posted: what it waited for has come.

@@ -184,8 +184,6 @@ impl WorkQueue {
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 #[must_use]
 pub struct Rung {
-    /// Entries are waiting: notify now.
-    pub notify: bool,
     /// The driver has taken entries: there is more room.
     pub freed: bool,
     /// The tail makes no sense: overflow, or the driver counts differently.
@@ -238,9 +236,13 @@ impl Cursor {
             self.lap = (self.lap + 1) % LAPS as u32;
         }
     }
+    /// Entries that an armed queue has not notified of.
+    fn unannounced(&self) -> u64 {
+        self.armed_at.map_or(0, |at| self.producer.saturating_sub(at))
+    }
     /// Take the armed state if the producer has passed it.
     fn take_notification(&mut self) -> bool {
-        let due = self.armed_at.is_some_and(|at| self.producer > at);
+        let due = self.unannounced() > 0;
         if due {
             self.armed_at = None;
         }
@@ -263,7 +265,7 @@ impl Cursor {
         let freed = consumer > self.consumer;
         self.consumer = self.consumer.max(consumer);
         self.armed_at = arm.then_some(consumer);
-        Rung { notify: self.take_notification(), freed, impossible: false }
+        Rung { freed, impossible: false }
     }
     /// A tail `ahead` of the producer: rdma-core arms a completion queue so for an entry that is still to come.
     fn ring_ahead(&mut self, ahead: u64, arm: bool) -> Rung {
@@ -286,6 +288,34 @@ pub enum PostError {
     Dma(#[from] DmaError),
 }
 
+/// Interrupt moderation of a completion queue: a notification waits until enough completions are there, or long enough.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Moderation {
+    /// Microseconds from the first completion on; 0 is no moderation.
+    pub usec: u16,
+    /// Completions; 0 is as many as come.
+    pub completions: u16,
+}
+
+impl Moderation {
+    /// Longest wait that a doorbell can ask for, microseconds.
+    pub const MAX_USEC: u16 = 0x3ff;
+    /// Most completions that a doorbell can ask for.
+    pub const MAX_COMPLETIONS: u16 = 0xff;
+}
+
+/// Whether [`EventEntry::Completion`] is to be posted to a completion queue's event queue.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[must_use]
+pub enum Notify {
+    /// No, or somebody takes care of it already.
+    No,
+    /// Yes.
+    Now,
+    /// Not yet: call [`CompletionQueue::expire`] at this time, nanoseconds of the device's clock.
+    At(u64),
+}
+
 /// A completion queue.
 #[derive(Debug)]
 pub struct CompletionQueue {
@@ -294,6 +324,11 @@ pub struct CompletionQueue {
     parent_eq: u32,
     held: VecDeque<Cqe>,
     waiter: Option<u32>,
+    moderation: Moderation,
+    /// When the notification that is being held back is due.
+    due_ns: Option<u64>,
+    /// Somebody will call [`expire`](Self::expire).
+    timed: bool,
 }
 
 impl CompletionQueue {
@@ -307,7 +342,25 @@ impl CompletionQueue {
     /// An empty, armed queue that notifies through event queue `parent_eq`.
     pub fn new(memory: RingMemory, parent_eq: u32) -> Self {
         let entries = memory.size() / size_of::<Cqe>() as u32;
-        Self { memory, cursor: Cursor::new(entries, true), parent_eq, held: VecDeque::new(), waiter: None }
+        Self {
+            memory,
+            cursor: Cursor::new(entries, true),
+            parent_eq,
+            held: VecDeque::new(),
+            waiter: None,
+            moderation: Moderation::default(),
+            due_ns: None,
+            timed: false,
+        }
+    }
+    /// Moderate notifications as `moderation` says.
+    pub fn moderate(&mut self, moderation: Moderation) {
+        self.moderation = moderation;
+        self.due_ns = None;
+    }
+    /// How notifications are moderated.
+    pub fn moderation(&self) -> Moderation {
+        self.moderation
     }
     /// Id of the event queue that is told.
     pub fn parent_eq(&self) -> u32 {
@@ -390,28 +443,59 @@ impl CompletionQueue {
     pub fn is_holding(&self) -> bool {
         !self.held.is_empty()
     }
-    /// Post what was kept, as far as there are slots now; `true` as for
-    /// [`take_notification`](Self::take_notification).
+    /// Post what was kept, as far as there are slots now.
     ///
     /// # Errors
     /// The ring is not guest memory; one is lost.
-    pub fn post_held(&mut self, ram: &GuestRam<'_>) -> Result<bool, PostError> {
+    pub fn post_held(&mut self, ram: &GuestRam<'_>) -> Result<(), PostError> {
         let view = self.view(ram);
         while self.free() > 0 {
             let Some(cqe) = self.held.pop_front() else { break };
             self.post(&view, &cqe.data, cqe.wq_num(), cqe.is_sq())?;
         }
-        Ok(self.take_notification())
+        Ok(())
     }
-    /// `true` once after entries were posted to an armed queue: post [`EventEntry::Completion`] to
-    /// [`parent_eq`](Self::parent_eq).
-    #[must_use]
-    pub fn take_notification(&mut self) -> bool {
-        self.cursor.take_notification()
+    /// Whether to notify, after entries were posted or a doorbell has come: once for each time that the queue was
+    /// armed. The clock is asked only under moderation.
+    #[inline]
+    pub fn notification(&mut self, now_ns: impl FnOnce() -> u64) -> Notify {
+        let Moderation { usec, completions } = self.moderation;
+        let unannounced = self.cursor.unannounced();
+        if unannounced == 0 {
+            return Notify::No;
+        }
+        if usec == 0 || completions != 0 && unannounced >= u64::from(completions) {
+            self.due_ns = None;
+            let _ = self.cursor.take_notification();
+            return Notify::Now;
+        }
+        if self.due_ns.is_some() {
+            return Notify::No;
+        }
+        let due_ns = now_ns().saturating_add(u64::from(usec) * 1000);
+        self.due_ns = Some(due_ns);
+        if std::mem::replace(&mut self.timed, true) { Notify::No } else { Notify::At(due_ns) }
+    }
+    /// The time that [`Notify::At`] named has come.
+    pub fn expire(&mut self, now_ns: u64) -> Notify {
+        self.timed = false;
+        match self.due_ns {
+            Some(due_ns) if due_ns > now_ns => {
+                self.timed = true;
+                Notify::At(due_ns)
+            }
+            Some(_) => {
+                self.due_ns = None;
+                if self.cursor.take_notification() { Notify::Now } else { Notify::No }
+            }
+            None => Notify::No,
+        }
     }
     /// A doorbell: `tail` entries taken, modulo eight laps; notify of the next one if `arm`. Where entries were taken,
-    /// [`post_held`](Self::post_held) is due.
+    /// [`post_held`](Self::post_held) is due, then [`notification`](Self::notification).
     pub fn ring(&mut self, tail: u32, arm: bool) -> Rung {
+        // What was held back until now was for entries that the driver has seen without being told.
+        self.due_ns = None;
         self.cursor.ring(tail, arm)
     }
 }
@@ -476,22 +560,27 @@ impl EventQueue {
     pub fn is_holding(&self) -> bool {
         !self.held.is_empty()
     }
-    /// Post what was kept, as far as there are slots now; `true` if the vector is to be signalled.
+    /// Post what was kept, as far as there are slots now.
     ///
     /// # Errors
     /// The ring is not guest memory; one is lost.
-    pub fn post_held(&mut self, ram: &GuestRam<'_>) -> Result<bool, PostError> {
+    pub fn post_held(&mut self, ram: &GuestRam<'_>) -> Result<(), PostError> {
         let view = self.memory.view(ram);
         while self.has_slot() {
             let Some(eqe) = self.held.pop_front() else { break };
             self.write(&view, eqe)?;
         }
-        Ok(self.cursor.take_notification())
+        Ok(())
     }
     /// A doorbell: `tail` entries taken, modulo eight laps; interrupt on the next one if `arm`. Where entries were
-    /// taken, [`post_held`](Self::post_held) is due.
+    /// taken, [`post_held`](Self::post_held) is due, then [`take_notification`](Self::take_notification).
     pub fn ring(&mut self, tail: u32, arm: bool) -> Rung {
         self.cursor.ring(tail, arm)
+    }
+    /// `true` once after entries were posted to an armed queue: signal the vector.
+    #[must_use]
+    pub fn take_notification(&mut self) -> bool {
+        self.cursor.take_notification()
     }
 }
 
@@ -567,6 +656,42 @@ mod tests {
         assert_eq!(beyond, Err(WqeError::Length { len: 64, available: 32 }));
     }
 
+    /// Without moderation nobody asks what time it is.
+    fn no_clock() -> u64 {
+        unreachable!()
+    }
+
+    #[test]
+    fn moderated_queue_waits_for_enough_completions_or_long_enough() {
+        let memory = memory();
+        let mut queue = CompletionQueue::new(RingMemory::page(RING), 0);
+        let post = |queue: &mut CompletionQueue| {
+            queue.post(&queue.view(&GuestRam::new(&memory)), &[0; 60], 5, true).expect("room");
+        };
+        queue.moderate(Moderation { usec: 10, completions: 3 });
+        post(&mut queue);
+        assert_eq!(queue.notification(|| 1000), Notify::At(11_000));
+        post(&mut queue);
+        assert_eq!(queue.notification(|| 2000), Notify::No, "the time is set");
+        post(&mut queue);
+        assert_eq!(queue.notification(|| 3000), Notify::Now, "three completions");
+        assert_eq!(queue.expire(11_000), Notify::No, "told already");
+        let _ = queue.ring(67, true);
+        post(&mut queue);
+        assert_eq!(queue.notification(|| 20_000), Notify::At(30_000));
+        // Polled, and armed again: the wait begins anew, with the timer that is set.
+        let _ = queue.ring(68, true);
+        post(&mut queue);
+        assert_eq!(queue.notification(|| 25_000), Notify::No);
+        assert_eq!(queue.expire(30_000), Notify::At(35_000));
+        assert_eq!(queue.expire(35_000), Notify::Now);
+        let _ = queue.ring(69, true);
+        post(&mut queue);
+        assert_eq!(queue.notification(|| 40_000), Notify::At(50_000));
+        queue.moderate(Moderation::default());
+        assert_eq!(queue.notification(no_clock), Notify::Now, "moderation ends");
+    }
+
     fn owner(memory: &GuestMemoryMmap, slot: u64) -> u32 {
         memory.read_obj::<u32>(GuestAddress(RING + slot * 64 + 60)).expect("word") >> OWNER_SHIFT
     }
@@ -603,24 +728,27 @@ mod tests {
         let mut queue = CompletionQueue::new(RingMemory::page(RING), 0);
         queue.post(&queue.view(&GuestRam::new(&memory)), &[0; 60], 5, true).expect("room");
         queue.post(&queue.view(&GuestRam::new(&memory)), &[0; 60], 5, true).expect("room");
-        assert!(queue.take_notification());
+        assert_eq!(queue.notification(no_clock), Notify::Now);
         queue.post(&queue.view(&GuestRam::new(&memory)), &[0; 60], 5, true).expect("room");
-        assert!(!queue.take_notification());
-        assert!(queue.ring(66, true).notify);
-        assert!(!queue.ring(67, true).notify);
+        assert_eq!(queue.notification(no_clock), Notify::No);
+        assert!(queue.ring(66, true).freed);
+        assert_eq!(queue.notification(no_clock), Notify::Now);
+        assert!(queue.ring(67, true).freed);
+        assert_eq!(queue.notification(no_clock), Notify::No);
         queue.post(&queue.view(&GuestRam::new(&memory)), &[0; 60], 5, true).expect("room");
-        assert!(queue.take_notification());
+        assert_eq!(queue.notification(no_clock), Notify::Now);
     }
 
     #[test]
     fn arming_ahead_waits_for_that_entry() {
         let memory = memory();
         let mut queue = CompletionQueue::new(RingMemory::page(RING), 0);
-        assert!(!queue.ring(65, true).notify);
+        assert!(!queue.ring(65, true).impossible);
+        assert_eq!(queue.notification(no_clock), Notify::No);
         queue.post(&queue.view(&GuestRam::new(&memory)), &[0; 60], 5, true).expect("room");
-        assert!(!queue.take_notification());
+        assert_eq!(queue.notification(no_clock), Notify::No);
         queue.post(&queue.view(&GuestRam::new(&memory)), &[0; 60], 5, true).expect("room");
-        assert!(queue.take_notification());
+        assert_eq!(queue.notification(no_clock), Notify::Now);
     }
 
     #[test]
@@ -630,11 +758,12 @@ mod tests {
         for _ in 0..64 {
             queue.post(&queue.view(&GuestRam::new(&memory)), &[1; 60], 5, false).expect("room");
         }
-        assert!(queue.take_notification());
+        assert_eq!(queue.notification(no_clock), Notify::Now);
         queue.post_or_hold(&GuestRam::new(&memory), &[3; 60], 5, false).expect("held");
         assert_eq!(owner(&memory, 0), 1);
         assert!(queue.is_holding() && queue.ring(128, true).freed);
-        assert!(queue.post_held(&GuestRam::new(&memory)).expect("posted"));
+        queue.post_held(&GuestRam::new(&memory)).expect("posted");
+        assert_eq!(queue.notification(no_clock), Notify::Now);
         assert_eq!(owner(&memory, 0), 2);
         assert_eq!(memory.read_obj::<u8>(GuestAddress(RING)).expect("data"), 3);
     }
@@ -648,8 +777,8 @@ mod tests {
             assert!(!queue.post(&GuestRam::new(&memory), EventEntry::Completion(9)).expect("kept"));
         }
         assert!(queue.is_holding() && queue.ring(261, true).freed);
-        // The interrupt of the entries that were there came with the doorbell.
-        assert!(!queue.post_held(&GuestRam::new(&memory)).expect("posted"));
+        queue.post_held(&GuestRam::new(&memory)).expect("posted");
+        assert!(queue.take_notification());
         let word = memory.read_obj::<u32>(GuestAddress(RING + 12)).expect("word");
         assert_eq!(word, 3 | 2 << OWNER_SHIFT);
     }

@@ -2,12 +2,13 @@
 //!
 //! The driver hands over a header whose lengths and IPv4 checksum are zero and whose TCP checksum field holds
 //! the pseudo-header's sum without the length (`mana_start_xmit`, GSO). Addresses, ports and options are
-//! repeated in each segment; lengths, identification, sequence number, flags and checksums are its own.
+//! repeated in each segment; lengths, identification, sequence number, flags and checksums are its own. The same
+//! goes for the outer headers of an encapsulated packet.
 
 use crate::checksum::{Sum, pseudo_header};
 use crate::doors::PartialChecksum;
 use crate::offload::{HeaderError, fill_ip, store_be16};
-use crate::packet::{Headers, IPV6_HEADER, Ip, IpVersion, Protocol, TCP_HEADER, be16};
+use crate::packet::{Headers, IPV6_HEADER, Ip, IpVersion, Protocol, TCP_HEADER, be16, parse_ip};
 
 const FIN: u8 = 0x01;
 const PSH: u8 = 0x08;
@@ -18,11 +19,71 @@ const FLAGS: usize = 13;
 /// The header of a super-frame, ready to be repeated.
 pub struct Template<'a> {
     header: &'a [u8],
+    outer: Option<Outer>,
     ip: Ip,
     tcp: usize,
     sequence: u32,
     identification: u16,
     flags: u8,
+}
+
+/// The headers in front of an encapsulated packet that tell lengths.
+struct Outer {
+    ip: Ip,
+    identification: u16,
+    /// Where the UDP header is, if the tunnel has one.
+    udp: Option<usize>,
+    /// That header has a checksum.
+    udp_checksum: bool,
+}
+
+impl Outer {
+    fn new(header: &[u8], ip: Ip) -> Result<Self, HeaderError> {
+        let udp = ip.transport.filter(|found| found.protocol == Protocol::Udp).map(|found| found.offset);
+        let checksum = udp.and_then(|udp| be16(header, udp + Protocol::Udp.checksum_offset()));
+        let udp_checksum = checksum.is_some_and(|checksum| checksum != 0);
+        Ok(Self { ip, identification: identification(header, &ip)?, udp, udp_checksum })
+    }
+    /// Lengths, identification and IP checksum of segment `index`, whose frame has `len` bytes, of which `header` are
+    /// the first.
+    fn complete(&self, header: &mut [u8], index: u16, len: usize) -> Result<(), HeaderError> {
+        store_lengths(header, &self.ip, self.identification.wrapping_add(index), len - self.ip.offset)?;
+        let Some(udp) = self.udp else { return Ok(()) };
+        store_be16(header, udp + 4, u16::try_from(len - udp).map_err(|_| HeaderError)?)
+    }
+    /// The checksum over the whole of `segment`, once everything else is in place.
+    fn fill_checksum(&self, segment: &mut [u8]) -> Result<(), HeaderError> {
+        let Some(udp) = self.udp.filter(|_| self.udp_checksum) else { return Ok(()) };
+        let at = udp + Protocol::Udp.checksum_offset();
+        store_be16(segment, at, 0)?;
+        let datagram = segment.get(udp..).ok_or(HeaderError)?;
+        let sum = pseudo_header(segment, &self.ip, Protocol::Udp, datagram.len()).ok_or(HeaderError)?;
+        let checksum = sum.add_bytes(datagram).checksum();
+        store_be16(segment, at, if checksum == 0 { 0xffff } else { checksum })
+    }
+}
+
+/// Identification of an IPv4 header; IPv6 has none.
+fn identification(header: &[u8], ip: &Ip) -> Result<u16, HeaderError> {
+    match ip.version {
+        IpVersion::V4 => be16(header, ip.offset + 4).ok_or(HeaderError),
+        IpVersion::V6 => Ok(0),
+    }
+}
+
+/// Length of a packet of `len` bytes, identification and checksum where there are such, in the IP header `ip`.
+fn store_lengths(header: &mut [u8], ip: &Ip, identification: u16, len: usize) -> Result<(), HeaderError> {
+    match ip.version {
+        IpVersion::V4 => {
+            store_be16(header, ip.offset + 2, u16::try_from(len).map_err(|_| HeaderError)?)?;
+            store_be16(header, ip.offset + 4, identification)?;
+            fill_ip(header, ip)
+        }
+        IpVersion::V6 => {
+            let len = len.checked_sub(IPV6_HEADER).ok_or(HeaderError)?;
+            store_be16(header, ip.offset + 4, u16::try_from(len).map_err(|_| HeaderError)?)
+        }
+    }
 }
 
 impl<'a> Template<'a> {
@@ -31,7 +92,22 @@ impl<'a> Template<'a> {
     /// # Errors
     /// [`HeaderError`] if it is anything else.
     pub fn new(header: &'a [u8]) -> Result<Self, HeaderError> {
-        let ip = Headers::parse(header).ip.ok_or(HeaderError)?;
+        Self::with_outer(header, None, Headers::parse(header).ip.ok_or(HeaderError)?)
+    }
+    /// `header` is Ethernet, IP, whatever makes the tunnel, then at byte `inner_ip` IP and TCP, to the last option
+    /// byte.
+    ///
+    /// # Errors
+    /// [`HeaderError`] if it is anything else.
+    pub fn encapsulated(header: &'a [u8], inner_ip: usize) -> Result<Self, HeaderError> {
+        let outer = Headers::parse(header).ip.ok_or(HeaderError)?;
+        if outer.offset + outer.header_len > inner_ip {
+            return Err(HeaderError);
+        }
+        let inner = parse_ip(header, inner_ip).ok_or(HeaderError)?;
+        Self::with_outer(header, Some(Outer::new(header, outer)?), inner)
+    }
+    fn with_outer(header: &'a [u8], outer: Option<Outer>, ip: Ip) -> Result<Self, HeaderError> {
         let transport = ip.transport.filter(|found| found.protocol == Protocol::Tcp).ok_or(HeaderError)?;
         let tcp: &[u8; TCP_HEADER] =
             header.get(transport.offset..).and_then(|rest| rest.first_chunk()).ok_or(HeaderError)?;
@@ -39,12 +115,9 @@ impl<'a> Template<'a> {
         if tcp_len < TCP_HEADER || transport.offset + tcp_len != header.len() {
             return Err(HeaderError);
         }
-        let identification = match ip.version {
-            IpVersion::V4 => be16(header, ip.offset + 4).ok_or(HeaderError)?,
-            IpVersion::V6 => 0,
-        };
+        let identification = identification(header, &ip)?;
         let sequence = u32::from_be_bytes([tcp[4], tcp[5], tcp[6], tcp[7]]);
-        Ok(Self { header, ip, tcp: transport.offset, sequence, identification, flags: tcp[FLAGS] })
+        Ok(Self { header, outer, ip, tcp: transport.offset, sequence, identification, flags: tcp[FLAGS] })
     }
     /// The IP version.
     pub fn version(&self) -> IpVersion {
@@ -77,7 +150,7 @@ impl<'a> Template<'a> {
     /// # Errors
     /// [`HeaderError`] if it does not fit `out` or the IP header.
     pub fn super_frame(&self, payload: usize, out: &mut [u8]) -> Result<(), HeaderError> {
-        let header = self.copy_with_lengths(payload, self.identification, out)?;
+        let header = self.copy_with_lengths(payload, 0, out)?;
         let tcp_len = self.header.len() - self.tcp + payload;
         let sum = pseudo_header(header, &self.ip, Protocol::Tcp, tcp_len).ok_or(HeaderError)?;
         store_be16(header, self.tcp + 16, sum.fold())
@@ -90,7 +163,7 @@ impl<'a> Template<'a> {
     /// [`HeaderError`] if `segment` is too short or too long.
     pub fn complete(&self, segment: &mut [u8], index: u32, at: u32, last: bool) -> Result<(), HeaderError> {
         let payload = segment.len().checked_sub(self.header.len()).ok_or(HeaderError)?;
-        self.copy_with_lengths(payload, self.identification.wrapping_add(index as u16), segment)?;
+        self.copy_with_lengths(payload, index as u16, segment)?;
         let tcp = segment.get_mut(self.tcp..).ok_or(HeaderError)?;
         let [_, _, _, _, sequence @ .., _, _, _, _, _, flags] =
             tcp.first_chunk_mut::<{ FLAGS + 1 }>().ok_or(HeaderError)?;
@@ -101,29 +174,23 @@ impl<'a> Template<'a> {
         let sum: Sum =
             pseudo_header(segment, &self.ip, Protocol::Tcp, segment.len() - self.tcp).ok_or(HeaderError)?;
         let checksum = sum.add_bytes(segment.get(self.tcp..).ok_or(HeaderError)?).checksum();
-        store_be16(segment, self.tcp + 16, checksum)
+        store_be16(segment, self.tcp + 16, checksum)?;
+        self.outer.as_ref().map_or(Ok(()), |outer| outer.fill_checksum(segment))
     }
-    /// Copy the header to the front of `out`, with the IP header's length, identification and checksum for
+    /// Copy the header to the front of `out`, with lengths, identifications and IP checksums of segment `index` with
     /// `payload` bytes.
     fn copy_with_lengths<'b>(
         &self,
         payload: usize,
-        identification: u16,
+        index: u16,
         out: &'b mut [u8],
     ) -> Result<&'b mut [u8], HeaderError> {
         let header = out.get_mut(..self.header.len()).ok_or(HeaderError)?;
         header.copy_from_slice(self.header);
-        let len = self.header.len() - self.ip.offset + payload;
-        match self.ip.version {
-            IpVersion::V4 => {
-                store_be16(header, self.ip.offset + 2, u16::try_from(len).map_err(|_| HeaderError)?)?;
-                store_be16(header, self.ip.offset + 4, identification)?;
-                fill_ip(header, &self.ip)?;
-            }
-            IpVersion::V6 => {
-                let len = len - IPV6_HEADER;
-                store_be16(header, self.ip.offset + 4, u16::try_from(len).map_err(|_| HeaderError)?)?;
-            }
+        let len = self.header.len() + payload;
+        store_lengths(header, &self.ip, self.identification.wrapping_add(index), len - self.ip.offset)?;
+        if let Some(outer) = &self.outer {
+            outer.complete(header, index, len)?;
         }
         Ok(header)
     }

@@ -10,15 +10,20 @@ use arrayvec::ArrayVec;
 use vm_memory::VolatileSlice;
 
 use crate::Ran;
+use crate::config::TxPolicy;
 use crate::counters::Counter;
 use crate::dma::{self, DmaError, GuestRam};
 use crate::doors::{PortDropped, Segmentation, TxFrame, TxOffload};
 use crate::offload::{HeaderError, TxChecksums};
-use crate::packet::{ETHERTYPE_VLAN, IpVersion, MAC_ADDRESSES, VLAN_TAG, be16};
+use crate::packet::{
+    ETHERNET_HEADER, ETHERTYPE_ARP, ETHERTYPE_IPV4, ETHERTYPE_IPV6, ETHERTYPE_VLAN, IpVersion, MAC_ADDRESSES,
+    VLAN_TAG, be16,
+};
 use crate::queues::{Core, Queues, Slot, WqObject};
 use crate::ring::{CompletionQueue, Wqe, WqeError};
 use crate::rules::Rule;
 use crate::segment::Template;
+use crate::timers::Timer;
 use crate::vport::{Traffic, Vport};
 use crate::wire::queue::{BASIC_UNIT, Cqe, Sge};
 use crate::wire::tx::{TxCompletion, TxOob, TxStatus};
@@ -33,8 +38,8 @@ const MAX_SLICES: usize = MAX_BUFFERS + 3;
 const MAX_LSO_HEADER: usize = 256;
 /// Most payload of a segmentation request: what the driver raises the limit to (`GSO_MAX_SIZE`, 8 * 65535).
 const MAX_LSO_PAYLOAD: usize = 8 * 65535;
-/// First bytes of a frame that are looked at: destination, source, EtherType.
-const PEEK: usize = 14;
+/// First bytes of a frame that are looked at: destination, source, EtherType, and the one behind a tag.
+const PEEK: usize = ETHERNET_HEADER + VLAN_TAG;
 /// VLAN id that must not be used (IEEE 802.1Q, table 9-2).
 const RESERVED_VLAN_ID: u16 = 0xfff;
 
@@ -49,6 +54,8 @@ enum Broken {
     Dma(#[from] DmaError),
     #[error("a WQE without scatter/gather list")]
     NoBuffers,
+    #[error("inline data, which only RDMA has")]
+    InlineData,
     #[error("segmentation with {entries} entries, the first of {first} bytes")]
     LsoEntries { entries: usize, first: usize },
 }
@@ -59,7 +66,7 @@ impl Broken {
             Self::Wqe(WqeError::Tail { .. }) => Rule::DoorbellTail,
             Self::MemoryKey(_) => Rule::MemoryKey,
             Self::LsoEntries { .. } => Rule::LsoHeaders,
-            Self::Wqe(_) | Self::Dma(_) | Self::NoBuffers => Rule::WqeShape,
+            Self::Wqe(_) | Self::Dma(_) | Self::NoBuffers | Self::InlineData => Rule::WqeShape,
         }
     }
 }
@@ -104,8 +111,12 @@ pub fn run(queues: &Queues, vports: &[Vport], id: u32, budget: usize) -> Ran {
         let mut sender = Sender::new(queues.core(), vport, &ram, wq);
         sender.send_batch(wq, tail, room, &mut done);
         sender.traffic.add_sent(&vport.counters);
-        let (cq, empty) = (wq.cq, wq.stopped || wq.ring.head() == tail);
+        let hold = hold_back(queues.core(), wq, done.held_until);
+        let (cq, empty) = (wq.cq, wq.stopped || done.held_until.is_some() || wq.ring.head() == tail);
         drop(queue);
+        if let Some(until) = hold {
+            queues.add_timer(until, Timer::Shaping { sq: id });
+        }
         post(queues, &ram, id, cq, &done.completions);
         flush = Some(vport);
         left = left.saturating_sub(done.consumed);
@@ -117,6 +128,17 @@ pub fn run(queues: &Queues, vports: &[Vport], id: u32, budget: usize) -> Ran {
         vport.port.flush();
     }
     ran
+}
+
+/// The clamp holds the queue back until `until`. The answer is when it is to be woken, if nobody will do so anyway.
+fn hold_back(core: &Core, wq: &mut WqObject, until: Option<u64>) -> Option<u64> {
+    let until = until?;
+    // One deadline a queue: it asks again when that has passed.
+    if wq.held_until.is_some_and(|woken| woken > core.tracer.now_ns()) {
+        return None;
+    }
+    wq.held_until = Some(until);
+    Some(until)
 }
 
 /// Nothing left up to `seen`.
@@ -167,6 +189,8 @@ fn post(queues: &Queues, ram: &GuestRam<'_>, sq: u32, cq: u32, completions: &[(T
 struct Done {
     /// WQEs consumed.
     consumed: usize,
+    /// The bandwidth clamp allows the next one then, nanoseconds of the device's clock.
+    held_until: Option<u64>,
     /// Type, and offset in basic units, of each completion.
     completions: ArrayVec<(TxStatus, u32), BATCH>,
 }
@@ -226,6 +250,7 @@ struct Sender<'a, 'm> {
     vport: &'a Vport,
     ram: &'a GuestRam<'m>,
     offset: Option<u16>,
+    policy: Option<TxPolicy>,
     id: u32,
     cq: u32,
     mem_key: u32,
@@ -239,6 +264,7 @@ impl<'a, 'm> Sender<'a, 'm> {
             vport,
             ram,
             offset: vport.tx_offset(),
+            policy: vport.tx_policy(),
             id: wq.id,
             cq: wq.cq,
             mem_key: wq.mem_key,
@@ -247,15 +273,27 @@ impl<'a, 'm> Sender<'a, 'm> {
     }
     /// Consume up to `room` WQEs before `tail`.
     fn send_batch(&mut self, wq: &mut WqObject, tail: u32, room: usize, done: &mut Done) {
+        let clamped = self.vport.shaper.mbps().is_some();
         let WqObject { ring, wqe, scratch, stopped, .. } = wq;
         let view = ring.view(self.ram);
         while done.consumed < room && !*stopped {
+            if clamped
+                && ring.head() != tail
+                && let Err(until) = self.vport.shaper.check(self.core.tracer.now_ns())
+            {
+                done.held_until = Some(until);
+                break;
+            }
             let offset = ring.head() / BASIC_UNIT;
+            let before = self.traffic.bytes();
             let sent = match ring.fetch(&view, tail, wqe) {
                 Ok(false) => break,
                 Ok(true) => self.send(wqe, scratch),
                 Err(error) => Err(error.into()),
             };
+            if clamped {
+                self.vport.shaper.spend(self.core.tracer.now_ns(), self.traffic.bytes() - before);
+            }
             let completion = match sent {
                 Ok(suppressed) => (!suppressed).then_some(TxStatus::Okay),
                 Err(Failure::Refused(status)) => {
@@ -279,8 +317,14 @@ impl<'a, 'm> Sender<'a, 'm> {
     fn send(&mut self, wqe: &Wqe, scratch: &mut Vec<u8>) -> Result<bool, Failure> {
         let oob = TxOob::parse(wqe.oob()).ok_or(Failure::Refused(TxStatus::InvalidOob))?;
         self.check(&oob)?;
+        if wqe.header().sgl_direct() {
+            return Err(Broken::InlineData.into());
+        }
         let mut frame = Frame::new();
         frame.gather(self.ram, wqe.sgl(), self.mem_key)?;
+        if let Some(policy) = self.policy {
+            self.check_policy(policy, &oob, &frame.head)?;
+        }
         if wqe.header().client_oob_in_sgl() {
             self.send_large(wqe, &oob, &frame, scratch)?;
         } else {
@@ -303,13 +347,33 @@ impl<'a, 'm> Sender<'a, 'm> {
         };
         Err(Failure::Refused(refused))
     }
+    /// The host lets the vPort send this.
+    #[cold]
+    fn check_policy(&self, policy: TxPolicy, oob: &TxOob, head: &[u8; PEEK]) -> Result<(), Failure> {
+        let outer = be16(head, MAC_ADDRESSES);
+        let tagged = outer == Some(ETHERTYPE_VLAN);
+        let kind = if tagged { be16(head, MAC_ADDRESSES + VLAN_TAG) } else { outer };
+        let is_ip = matches!(kind, Some(ETHERTYPE_ARP | ETHERTYPE_IPV4 | ETHERTYPE_IPV6));
+        let refused = if policy.disabled {
+            TxStatus::VfDisabled
+        } else if policy.own_source_only && head.get(6..12) != Some(&self.vport.mac) {
+            TxStatus::SaDrop
+        } else if policy.ip_only && !is_ip {
+            TxStatus::InvalidEthType
+        } else if policy.untagged_only && (tagged || oob.vlan_tci().is_some()) {
+            TxStatus::VlanTaggingViolation
+        } else {
+            return Ok(());
+        };
+        Err(Failure::Refused(refused))
+    }
     /// `len` bytes are no more than the MTU allows.
     fn check_length(&self, frame: &Frame<'_>, len: usize) -> Result<(), Failure> {
         let limit = self.vport.max_frame + if frame.has_tag() { VLAN_TAG } else { 0 };
         if len > limit {
             return Err(Failure::Refused(TxStatus::MtuDrop));
         }
-        if len < PEEK {
+        if len < ETHERNET_HEADER {
             return Err(Failure::Refused(TxStatus::HeaderProcessingError));
         }
         Ok(())
@@ -353,14 +417,21 @@ impl<'a, 'm> Sender<'a, 'm> {
             return Err(Broken::LsoEntries { entries, first: header_len }.into());
         };
         frame.copy_to(header);
-        let template = Template::new(header)?;
+        let (template, v4, v6) = if oob.is_encapsulated() {
+            let inner = usize::from(oob.inner_ip_offset());
+            (Template::encapsulated(header, inner)?, !oob.inner_is_ipv6(), oob.inner_is_ipv6())
+        } else {
+            (Template::new(header)?, oob.is_outer_ipv4(), oob.is_outer_ipv6())
+        };
         let payload = frame.len - header_len;
         let mss = usize::from(wqe.header().client_data_unit());
         let said = match template.version() {
-            IpVersion::V4 => oob.is_outer_ipv4(),
-            IpVersion::V6 => oob.is_outer_ipv6(),
+            IpVersion::V4 => v4,
+            IpVersion::V6 => v6,
         };
-        let located = template.tcp_offset() == usize::from(oob.transport_offset());
+        // Of an inner header the OOB need not say where it is.
+        let transport = usize::from(oob.transport_offset());
+        let located = template.tcp_offset() == transport || oob.is_encapsulated() && transport == 0;
         if !oob.compute_tcp_checksum() {
             return Err(Failure::Refused(TxStatus::InvalidOob));
         }
@@ -370,7 +441,8 @@ impl<'a, 'm> Sender<'a, 'm> {
         self.check_length(frame, header_len + mss.min(payload))?;
         let pieces = payload_pieces(&frame.buffers, header_len);
         let tag = oob.vlan_tci();
-        if self.vport.capabilities.segmentation && payload > mss && frame.len <= template.max_len() {
+        let port_can = self.vport.capabilities.segmentation && !oob.is_encapsulated();
+        if port_can && payload > mss && frame.len <= template.max_len() {
             self.put_super_frame(&template, &pieces, frame, mss, tag, scratch)
         } else {
             self.put_segments(&template, pieces, payload, mss, tag, scratch)
@@ -466,9 +538,9 @@ impl<'a, 'm> Sender<'a, 'm> {
     }
     #[inline]
     fn count(&mut self, sent: Result<(), PortDropped>, head: [u8; PEEK], len: usize) {
-        let [destination @ .., _, _, _, _, _, _, _, _] = head;
+        let [d0, d1, d2, d3, d4, d5, ..] = head;
         match sent {
-            Ok(()) => self.traffic.count(destination, len),
+            Ok(()) => self.traffic.count([d0, d1, d2, d3, d4, d5], len),
             Err(PortDropped) => {
                 self.vport.counters.tx_port_dropped.bump();
             }

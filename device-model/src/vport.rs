@@ -1,12 +1,14 @@
 //! A vPort: the card's end of one cable, with a MAC address, a transmit binding and receive steering.
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::atomic::{AtomicU8, AtomicU32, Ordering};
 
+use crate::config::TxPolicy;
 use crate::counters::VportCounters;
 use crate::doors::{Port, PortCapabilities};
 use crate::packet::ETHERNET_HEADER;
 use crate::rx::{Receive, RxConfigError, RxUpdate};
+use crate::shaper::Shaper;
 
 /// What the data path knows of a vPort.
 pub struct Vport {
@@ -24,7 +26,10 @@ pub struct Vport {
     pub counters: VportCounters,
     /// The receive side.
     pub receive: Receive,
+    /// The bandwidth clamp of the transmit side.
+    pub shaper: Shaper,
     tx_offset: AtomicU32,
+    tx_policy: AtomicU8,
 }
 
 /// The transmit side has not been configured.
@@ -41,6 +46,8 @@ impl Vport {
             max_frame: usize::from(mtu) + ETHERNET_HEADER,
             counters: VportCounters::default(),
             receive: Receive::default(),
+            shaper: Shaper::default(),
+            tx_policy: AtomicU8::new(0),
             tx_offset: AtomicU32::new(NO_OFFSET),
         }
     }
@@ -53,6 +60,26 @@ impl Vport {
     pub fn tx_offset(&self) -> Option<u16> {
         u16::try_from(self.tx_offset.load(Ordering::Acquire)).ok()
     }
+    /// What may be sent from now on.
+    pub fn set_tx_policy(&self, policy: TxPolicy) {
+        let TxPolicy { disabled, own_source_only, ip_only, untagged_only } = policy;
+        let bits = [disabled, own_source_only, ip_only, untagged_only];
+        let bits = bits.into_iter().rev().fold(0, |bits, bit| bits << 1 | u8::from(bit));
+        self.tx_policy.store(bits, Ordering::Release);
+    }
+    /// What may be sent; `None` if everything.
+    #[inline]
+    pub fn tx_policy(&self) -> Option<TxPolicy> {
+        match self.tx_policy.load(Ordering::Acquire) {
+            0 => None,
+            bits => Some(TxPolicy {
+                disabled: bits & 1 != 0,
+                own_source_only: bits & 2 != 0,
+                ip_only: bits & 4 != 0,
+                untagged_only: bits & 8 != 0,
+            }),
+        }
+    }
     /// MANA_CONFIG_VPORT_RX. When this returns no frame is delivered by the old configuration.
     ///
     /// # Errors
@@ -64,9 +91,10 @@ impl Vport {
     pub fn forget_rq(&self, id: u32) {
         self.receive.forget(id);
     }
-    /// Both directions off, as at the start.
+    /// Both directions off and not clamped, as at the start. What the host allows stays.
     pub fn reset(&self) {
         self.configure_tx(None);
+        self.shaper.set(None);
         self.receive.reset();
     }
 }
@@ -91,6 +119,10 @@ impl Traffic {
         let (frames, bytes) = &mut self.classes[class];
         *frames += 1;
         *bytes += len as u64;
+    }
+    /// Bytes of all frames.
+    pub fn bytes(&self) -> u64 {
+        self.classes.iter().map(|&(_, bytes)| bytes).sum()
     }
     /// Add what was gathered to the transmit counters.
     pub fn add_sent(&self, to: &VportCounters) {

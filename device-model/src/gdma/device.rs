@@ -8,7 +8,7 @@ use crate::status::CommandError;
 use crate::table::Device;
 use crate::wire::gdma::{
     DEVICE_LIST, DeviceList, Empty, MaxResources, QueryHwcTimeout, RegisterDeviceReply, VerifyVersion,
-    VerifyVersionReply, device,
+    VerifyVersionReply, capability, device,
 };
 use crate::wire::hwc::DeviceId;
 
@@ -17,13 +17,19 @@ const PROTOCOL: u64 = 1;
 /// What the driver waits for an answer by itself (`HW_CHANNEL_WAIT_TIMEOUT_MS`).
 const HWC_TIMEOUT_MS: u32 = 30_000;
 
-/// GDMA_VERIFY_VF_DRIVER_VERSION: no capability is offered, so that the driver assumes the least.
+/// GDMA_VERIFY_VF_DRIVER_VERSION. Interrupt moderation is offered to drivers that know of it; no other capability is,
+/// so that the driver assumes the least.
 pub fn verify_version(_: &mut Context<'_>, message: &Message<'_, VerifyVersion>) -> CommandResult {
     let (min, max) = (message.body.protocol_ver_min.get(), message.body.protocol_ver_max.get());
     if !(min..=max).contains(&PROTOCOL) {
         return Err(CommandError::invalid(format!("protocol {PROTOCOL} is not in {min} to {max}")));
     }
-    Ok(Reply::new(&VerifyVersionReply { gdma_protocol_ver: PROTOCOL.into(), pf_cap_flags: [U64::ZERO; 4] }))
+    let moderates = message.body.drv_cap_flags1.get() & capability::DRIVER_MODERATION != 0;
+    Ok(Reply::new(&VerifyVersionReply {
+        gdma_protocol_ver: PROTOCOL.into(),
+        pf_cap_flags1: U64::new(if moderates { capability::MODERATION } else { 0 }),
+        pf_cap_flags: [U64::ZERO; 3],
+    }))
 }
 
 /// GDMA_QUERY_MAX_RESOURCES.

@@ -5,6 +5,7 @@ use zerocopy::little_endian::{U16, U32, U64};
 use super::{for_mana, for_registered_mana};
 use crate::card::Card;
 use crate::command::{CommandResult, Context, Message, Reply};
+use crate::config::MAX_INDIRECTION_ENTRIES;
 use crate::observe::Event;
 use crate::packet::ETHERNET_HEADER;
 use crate::rx::{Coalescing, RxUpdate};
@@ -13,14 +14,10 @@ use crate::steer::HashTypes;
 use crate::table::{Binding, Device, Objects, WqKind};
 use crate::wire::hwc::RequestHeader;
 use crate::wire::mana::{
-    ConfigVportRx, ConfigVportRxReply, ConfigVportTx, ConfigVportTxReply, INVALID_HANDLE, QueryDevConfig,
-    QueryDevConfigReply, QueryVportConfig, QueryVportConfigReply, tri_state,
+    ConfigVportRx, ConfigVportRxReply, ConfigVportTx, ConfigVportTxReply, INVALID_HANDLE, PF_CAP_COALESCES_8,
+    QueryDevConfig, QueryDevConfigReply, QueryVportConfig, QueryVportConfigReply, tri_state,
 };
 
-/// Entries of a vPort's indirection table (`MANA_INDIRECT_TABLE_DEF_SIZE`).
-const INDIRECTION_ENTRIES: u32 = 64;
-/// Most entries of an indirection table (`MANA_INDIRECT_TABLE_MAX_SIZE`).
-const MAX_INDIRECTION_ENTRIES: u16 = 512;
 /// Handle of vPort 0; the others follow.
 const VPORT_HANDLE: u64 = 0x7600_0000_0000_0000;
 
@@ -33,7 +30,8 @@ fn handle_of(index: usize) -> u64 {
 /// # Errors
 /// There is none.
 pub fn index_of(card: &Card, handle: u64) -> Result<usize, CommandError> {
-    let index = (0..card.vports.len()).find(|&index| handle_of(index) == handle);
+    let index = (handle & 0xffff_ffff) as usize;
+    let index = Some(index).filter(|&index| index < card.vports.len() && handle_of(index) == handle);
     index.ok_or_else(|| CommandError::not_found(format!("there is no vPort {handle:#x}")))
 }
 
@@ -43,6 +41,7 @@ pub fn query_dev_config(context: &mut Context<'_>, message: &Message<'_, QueryDe
     let config = &context.card.config;
     let frame = config.mtu.saturating_add(ETHERNET_HEADER as u16);
     let reply = QueryDevConfigReply {
+        pf_cap_flags1: U64::new(PF_CAP_COALESCES_8),
         max_num_vports: U16::new(config.vports.len() as u16),
         max_num_eqs: U32::new(context.card.queues.limits().eqs - 1),
         adapter_mtu: frame.into(),
@@ -61,7 +60,7 @@ pub fn query_config(context: &mut Context<'_>, message: &Message<'_, QueryVportC
     Ok(Reply::new(&QueryVportConfigReply {
         max_num_sq: u32::from(limits.max_queues).into(),
         max_num_rq: u32::from(limits.max_queues).into(),
-        num_indirection_ent: INDIRECTION_ENTRIES.into(),
+        num_indirection_ent: u32::from(context.card.config.indirection_entries).into(),
         mac_addr: vport.mac,
         vport: U64::new(handle_of(index)),
         ..QueryVportConfigReply::default()

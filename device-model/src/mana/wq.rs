@@ -8,7 +8,7 @@ use crate::dma::GuestRam;
 use crate::ledger;
 use crate::observe::QueueKind;
 use crate::queues::WqObject;
-use crate::ring::{CompletionQueue, WorkQueue};
+use crate::ring::{CompletionQueue, Moderation, WorkQueue};
 use crate::rx;
 use crate::status::CommandError;
 use crate::table::{Device, WqKind, WqPair};
@@ -23,7 +23,7 @@ fn kind(wq_type: u32) -> Result<WqKind, CommandError> {
     }
 }
 
-/// MANA_CREATE_WQ_OBJ. Both regions are the object's from then on. Moderation is not granted.
+/// MANA_CREATE_WQ_OBJ. Both regions are the object's from then on.
 pub fn create(context: &mut Context<'_>, message: &Message<'_, CreateWqObj>) -> CommandResult {
     for_registered_mana(context, message)?;
     let request = message.body;
@@ -59,7 +59,10 @@ pub fn create(context: &mut Context<'_>, message: &Message<'_, CreateWqObj>) -> 
         context.objects.give_pages(pages);
         return Err(CommandError::exhausted("no work queue object is left"));
     };
-    queues.open_cq(cq, page, CompletionQueue::new(cq_ring, eq));
+    let moderation = moderation(message);
+    let mut completions = CompletionQueue::new(cq_ring, eq);
+    completions.moderate(moderation.unwrap_or_default());
+    queues.open_cq(cq, page, completions);
     let object = |ring| WqObject::new(wq, ring, cq, vport, Device::Mana.gpa_mkey());
     match kind {
         WqKind::Send => queues.open_sq(page, object(WorkQueue::send(wq_ring))),
@@ -69,9 +72,21 @@ pub fn create(context: &mut Context<'_>, message: &Message<'_, CreateWqObj>) -> 
         wq_id: wq.into(),
         cq_id: cq.into(),
         wq_obj: U64::new(handle),
+        cq_moderation_comp: moderation.unwrap_or_default().completions.into(),
+        cq_moderation_usec: moderation.unwrap_or_default().usec.into(),
+        cq_moderation_enabled: moderation.is_some().into(),
         ..Default::default()
     };
     Ok(Reply::new(&reply).in_version(2))
+}
+
+/// The moderation that the driver wants, as far as a doorbell could ask for it; requests before version 3 want none.
+fn moderation(message: &Message<'_, CreateWqObj>) -> Option<Moderation> {
+    let request = message.body;
+    (message.header.msg_version.get() >= 3 && request.req_cq_moderation != 0).then(|| Moderation {
+        usec: request.cq_moderation_usec.get().min(Moderation::MAX_USEC),
+        completions: request.cq_moderation_comp.get().min(Moderation::MAX_COMPLETIONS),
+    })
 }
 
 /// A vPort has no more queues of a kind than MANA_QUERY_VPORT_CONFIG said.

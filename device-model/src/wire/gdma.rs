@@ -28,6 +28,14 @@ pub mod queue_type {
     pub const EQ: u32 = 4;
 }
 
+/// Bits of `gd_drv_cap_flags1` and `pf_cap_flags1`.
+pub mod capability {
+    /// The driver can moderate interrupts (`GDMA_DRV_CAP_FLAG_1_DYN_INTERRUPT_MODERATION`).
+    pub const DRIVER_MODERATION: u64 = 1 << 28;
+    /// The card can moderate interrupts (`GDMA_PF_CAP_FLAG_1_DYN_INTERRUPT_MODERATION`).
+    pub const MODERATION: u64 = 1 << 15;
+}
+
 /// Resource types of GDMA_ALLOCATE_RESOURCE_RANGE (`GDMA_RESOURCE_DOORBELL_PAGE`).
 pub const RESOURCE_DOORBELL_PAGE: u32 = 27;
 /// Entries of the device list (`GDMA_MAX_NUM_DEVICES` less the reserved ones: the response holds 64).
@@ -74,8 +82,10 @@ wire! {
     pub struct VerifyVersionReply {
         /// Protocol version chosen.
         gdma_protocol_ver: U64,
-        /// `pf_cap_flags1` to `pf_cap_flags4`.
-        pf_cap_flags: [U64; 4],
+        /// What the card can do, see [`capability`].
+        pf_cap_flags1: U64,
+        /// `pf_cap_flags2` to `pf_cap_flags4`.
+        pf_cap_flags: [U64; 3],
     }
 
     /// Response to GDMA_QUERY_MAX_RESOURCES.
@@ -293,7 +303,7 @@ wire! {
 }
 
 layout!(RequestHeader, VerifyVersion = 640 { drv_cap_flags1: 56, os_type: 96, os_ver_major: 104, os_ver_str: 128 });
-layout!(ResponseHeader, VerifyVersionReply = 72 { pf_cap_flags: 40 });
+layout!(ResponseHeader, VerifyVersionReply = 72 { pf_cap_flags1: 40 });
 layout!(ResponseHeader, MaxResources = 72 { max_sq: 36, max_eq: 48, max_mst: 56, max_msix: 68 });
 layout!(ResponseHeader, DeviceList = 296 { devs: 40 });
 layout!(ResponseHeader, RegisterDeviceReply = 44 { gpa_mkey: 36, db_id: 40 });

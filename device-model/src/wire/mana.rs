@@ -9,6 +9,9 @@ use super::hwc::{RequestHeader, ResponseHeader};
 /// "No object" and "no such handle" (`INVALID_MANA_HANDLE`).
 pub const INVALID_HANDLE: u64 = u64::MAX;
 
+/// `pf_cap_flags1` of MANA_QUERY_DEV_CONFIG: eight packets fit into a receive completion.
+pub const PF_CAP_COALESCES_8: u64 = 1 << 5;
+
 /// A switch that can be left as it is (`enum TRI_STATE`): 0 off, 1 on, all ones leave.
 pub fn tri_state(value: U32) -> Option<Option<bool>> {
     match value.get() {
@@ -35,8 +38,10 @@ wire! {
     }
     /// Its response.
     pub struct QueryDevConfigReply {
-        /// `pf_cap_flags1` to `pf_cap_flags4`.
-        pf_cap_flags: [U64; 4],
+        /// What the card can do, see [`PF_CAP_COALESCES_8`].
+        pf_cap_flags1: U64,
+        /// `pf_cap_flags2` to `pf_cap_flags4`.
+        pf_cap_flags: [U64; 3],
         /// vPorts.
         max_num_vports: U16,
         /// Version 3: bare-metal host mode.
