@@ -19,8 +19,8 @@ pub const DOORBELL_PAGES: RangeInclusive<u16> = 2..=4096;
 /// Legal MTUs: IPv4's least, and the largest that the card's 16-bit frame length leaves room for.
 pub const MTUS: RangeInclusive<u16> = 68..=9216;
 
-/// Most entries of an indirection table (`MANA_INDIRECT_TABLE_MAX_SIZE`).
-pub const MAX_INDIRECTION_ENTRIES: u16 = 512;
+/// Most entries that an indirection table is announced with.
+pub const MAX_INDIRECTION_ENTRIES: u16 = 256;
 /// Slowest link, Mbit/s: the smallest bandwidth clamp.
 pub const MIN_LINK_SPEED_MBPS: u32 = 100;
 
@@ -84,7 +84,8 @@ pub struct DeviceConfig {
     pub rdma: bool,
     /// Doorbell pages in BAR0; the first is the hardware channel's.
     pub doorbell_pages: u16,
-    /// `num_indirection_ent` of MANA_QUERY_VPORT_CONFIG, a power of two up to 512.
+    /// `num_indirection_ent` of MANA_QUERY_VPORT_CONFIG, a power of two up to 256: a larger table does not fit into a
+    /// request of the hardware channel.
     pub indirection_entries: u16,
     /// Speed of the card's link, Mbit/s.
     pub link_speed_mbps: u32,

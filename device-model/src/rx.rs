@@ -85,7 +85,7 @@ pub enum RxConfigError {
 }
 
 /// Most entries of an indirection table (`MANA_INDIRECT_TABLE_MAX_SIZE`).
-const MAX_TABLE: usize = 512;
+pub const MAX_TABLE: usize = 512;
 
 /// The receive side of a vPort.
 #[derive(Default)]

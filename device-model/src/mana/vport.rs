@@ -5,10 +5,9 @@ use zerocopy::little_endian::{U16, U32, U64};
 use super::{for_mana, for_registered_mana};
 use crate::card::Card;
 use crate::command::{CommandResult, Context, Message, Reply};
-use crate::config::MAX_INDIRECTION_ENTRIES;
 use crate::observe::Event;
 use crate::packet::ETHERNET_HEADER;
-use crate::rx::{Coalescing, RxUpdate};
+use crate::rx::{Coalescing, MAX_TABLE, RxUpdate};
 use crate::status::CommandError;
 use crate::steer::HashTypes;
 use crate::table::{Binding, Device, Objects, WqKind};
@@ -154,7 +153,7 @@ fn rx_update(
 /// The handles of the indirection table.
 fn indirection<'a>(message: &'a Message<'_, ConfigVportRx>) -> Result<&'a [U64], CommandError> {
     let (offset, entries) = (message.body.indir_tab_offset.get(), message.body.num_indir_entries.get());
-    if entries > MAX_INDIRECTION_ENTRIES {
+    if usize::from(entries) > MAX_TABLE {
         return Err(CommandError::invalid(format!("an indirection table of {entries} entries")));
     }
     message.list(offset.into(), entries.into())

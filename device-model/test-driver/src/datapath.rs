@@ -215,6 +215,15 @@ impl Driver<'_> {
         }
     }
 
+    /// DIM: moderate completion queue `cq` from now on.
+    ///
+    /// # Panics
+    /// The values don't fit the doorbell.
+    pub fn moderate(&self, cq: u32, completions: u16, usec: u16) {
+        assert!(completions <= 255 && usec <= 1023, "a doorbell has 8 and 10 bits");
+        self.cqs[&cq].moderate(self.world, completions, usec);
+    }
+
     fn owner(&self, cq: u32) -> (usize, usize, bool) {
         for (port, netdev) in self.netdevs.iter().enumerate() {
             if let Some(queue) = netdev.tx.iter().position(|ring| ring.cq == cq) {
@@ -317,7 +326,17 @@ impl Driver<'_> {
             }
             other => panic!("a receive completion of type {other} leaks its buffer"),
         };
-        assert!(netdev.coalescing || pieces.len() == 1, "the device coalesces though nobody asked");
+        let most = match (netdev.coalescing8, netdev.coalescing) {
+            (true, _) => 8,
+            (false, true) => 4,
+            (false, false) => 1,
+        };
+        assert!(
+            pieces.len() <= most,
+            "{} packets in a completion, where {most} were asked for",
+            pieces.len()
+        );
+        netdev.rx_completions += 1;
         for (len, hash) in pieces {
             assert_ne!(len, 0, "a packet of no bytes leaks its buffer");
             let bytes = ring.take(&self.world.memory, len, self.checks_buffers);

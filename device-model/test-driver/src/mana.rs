@@ -17,6 +17,8 @@ pub mod code {
     pub const CONFIG_VPORT_RX: u32 = 0x20007;
     pub const QUERY_VPORT_CONFIG: u32 = 0x20008;
     pub const QUERY_LINK_CONFIG: u32 = 0x2000a;
+    pub const SET_BW_CLAMP: u32 = 0x2000b;
+    pub const QUERY_PHY_STAT: u32 = 0x2000c;
 }
 
 /// Queue entries of an indirection table when the device's number makes no sense.
@@ -61,6 +63,8 @@ pub struct WqObject {
     pub cq: u32,
     /// Handle.
     pub handle: u64,
+    /// Moderation that the device granted: completions, microseconds. Drivers before version 3 are told nothing.
+    pub moderation: Option<(u16, u16)>,
 }
 
 /// MANA_CONFIG_VPORT_RX.
@@ -78,6 +82,8 @@ pub struct RxSteering {
     pub table: Option<Vec<u64>>,
     /// `cqe_coalescing_enable`.
     pub coalescing: bool,
+    /// `cqe8_coalescing_enable`.
+    pub coalescing8: bool,
 }
 
 /// What MANA_CREATE_WQ_OBJ is told, apart from the vPort.
@@ -95,6 +101,8 @@ pub struct WqSpec {
     pub cq_bytes: u32,
     /// Event queue of the completion queue.
     pub eq: u32,
+    /// Moderation to ask for: completions, microseconds.
+    pub moderation: (u16, u16),
 }
 
 impl Driver<'_> {
@@ -200,10 +208,16 @@ impl Driver<'_> {
             .u32(76, spec.cq_bytes)
             .u32(84, spec.eq);
         if request.version >= 3 {
-            message = message.u8(89, 1);
+            message = message.u8(89, 1).u16(90, spec.moderation.0).u16(92, spec.moderation.1);
         }
         let answer = self.mana(message)?;
-        let object = WqObject { wq: answer.u32(32), cq: answer.u32(36), handle: answer.u64(40) };
+        let granted = response.version >= 2 && answer.version() >= 2 && answer.u8(52) != 0;
+        let object = WqObject {
+            wq: answer.u32(32),
+            cq: answer.u32(36),
+            handle: answer.u64(40),
+            moderation: granted.then(|| (answer.u16(48), answer.u16(50))),
+        };
         assert_ne!(object.handle, INVALID_HANDLE, "all ones is no handle");
         assert!(object.wq < 1 << 24 && object.cq < 1 << 24, "ids have 24 bits: {object:?}");
         assert!(!self.cqs.contains_key(&object.cq), "CQ id {} is in use", object.cq);
@@ -263,6 +277,7 @@ impl Driver<'_> {
             .put(72, &steering.key.unwrap_or([0; 40]))
             .u8(112, u8::from(steering.coalescing))
             .u16(116, self.generation.hash_types)
+            .u8(118, u8::from(steering.coalescing8))
             .u64s(request.len, steering.table.as_ref().unwrap_or(&stale))
     }
 
@@ -285,6 +300,26 @@ impl Driver<'_> {
         let request =
             Request::new(code::QUERY_LINK_CONFIG, self.mana_device, 48, 48).versions(1, 2).u64(40, vport);
         self.mana(request)
+    }
+
+    /// MANA_SET_BW_CLAMP: `enable` is 0 off, 1 on, all ones leave.
+    ///
+    /// # Errors
+    /// Those of the command; `-EOPNOTSUPP` is a legal answer.
+    pub fn set_bw_clamp(&mut self, vport: u64, enable: u32, mbps: u32) -> Result<Response> {
+        let request = Request::new(code::SET_BW_CLAMP, self.mana_device, 56, 40)
+            .u64(40, vport)
+            .u32(48, enable)
+            .u32(52, mbps);
+        self.mana(request)
+    }
+
+    /// MANA_QUERY_PHY_STAT.
+    ///
+    /// # Errors
+    /// Those of the command; `-EOPNOTSUPP` is a legal answer.
+    pub fn query_phy_stat(&mut self) -> Result<Response> {
+        self.mana(Request::new(code::QUERY_PHY_STAT, self.mana_device, 48, 440))
     }
 
     /// The MANA device as GDMA_LIST_DEVICES named it.

@@ -113,8 +113,14 @@ pub struct Netdev {
     pub table: Vec<usize>,
     /// Toeplitz key.
     pub key: [u8; 40],
-    /// Ask for coalesced receive completions.
+    /// Ask for receive completions of up to four packets.
     pub coalescing: bool,
+    /// Ask for receive completions of up to eight packets.
+    pub coalescing8: bool,
+    /// Moderation to ask for: completions, microseconds.
+    pub moderation: (u16, u16),
+    /// Moderation that the device granted to the last queue: completions, microseconds.
+    pub granted: Option<(u16, u16)>,
     /// Send side.
     pub tx: Vec<TxRing>,
     /// Receive side.
@@ -123,6 +129,8 @@ pub struct Netdev {
     pub received: VecDeque<Received>,
     /// Truncated frames.
     pub truncated: u64,
+    /// Receive completions that brought packets.
+    pub rx_completions: u64,
     pub(crate) eqs: Vec<usize>,
 }
 
@@ -142,10 +150,14 @@ impl Driver<'_> {
             table: Vec::new(),
             key: RSS_KEY,
             coalescing: false,
+            coalescing8: false,
+            moderation: (0, 0),
+            granted: None,
             tx: Vec::new(),
             rx: Vec::new(),
             received: VecDeque::new(),
             truncated: 0,
+            rx_completions: 0,
             eqs: Vec::new(),
         });
         Ok(())
@@ -201,6 +213,7 @@ impl Driver<'_> {
             key: Some(netdev.key),
             table: Some(netdev.table.iter().map(|&queue| netdev.rx[queue].object).collect()),
             coalescing: netdev.coalescing,
+            coalescing8: netdev.coalescing8,
         };
         let (vport, entries) = (netdev.info.handle, netdev.info.indirection);
         self.config_vport_rx(vport, entries, &steering)?;
@@ -301,8 +314,10 @@ impl Driver<'_> {
             wq_bytes,
             cq_bytes,
             eq: self.eq_id(eqs[queue % eqs.len()]),
+            moderation: self.netdevs[port].moderation,
         };
         let object = self.create_wq_obj(self.netdevs[port].info.handle, &spec)?;
+        self.netdevs[port].granted = object.moderation;
         let page = self.doorbell_page(self.registration.db_id);
         self.cqs.insert(object.cq, CompletionQueue::new(object.cq, cq_ring, page));
         Ok((WorkQueue::new(kind, object.wq, wq_ring, page), object.cq, object.handle))

@@ -216,6 +216,12 @@ impl CompletionQueue {
             Slot::Valid(bytes) => Some(Cqe { bytes }),
         }
     }
+    /// DIM: events wait for `completions` or for `usec` microseconds.
+    pub fn moderate(&self, world: &World, completions: u16, usec: u16) {
+        let value =
+            u64::from(self.id) | u64::from(usec) << 32 | 1 << 47 | u64::from(completions) << 48 | 1 << 63;
+        self.page.ring(world, doorbell::CQ_MODERATION, value);
+    }
     /// Tell the device how far it was read; `arm` asks for an event at the next completion.
     pub fn doorbell(&self, world: &World, arm: bool) {
         self.page.ring(world, doorbell::CQ, arm_value(self.id, self.consumer.tail(), arm));

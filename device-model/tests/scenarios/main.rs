@@ -2,5 +2,11 @@
 //!
 //! One program, so that it is linked once; a module a story.
 
+mod link;
+mod moderation;
 mod msix_table;
 mod pci;
+mod ports;
+mod receive;
+mod send;
+mod stress;
