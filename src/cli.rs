@@ -130,7 +130,8 @@ pub struct BootArgs {
     /// Where guest code runs.
     #[arg(long, value_enum, default_value = "auto")]
     accel: AccelArg,
-    /// Cable: peer,id=ID | tap,id=ID,ifname=NAME | null,id=ID.
+    /// Cable: peer,id=ID | tap,id=ID,ifname=NAME | stream,id=ID,path=SOCKET[,server=on|off] (QEMU's framing; passt) |
+    /// loopback,id=ID,peer=ID (the other end) | switch,id=ID[,name=NAME] | null,id=ID.
     #[arg(long, value_name = "KIND,id=ID")]
     netdev: Vec<String>,
     #[allow(rustdoc::broken_intra_doc_links, reason = "the brackets of the help are no links")]
@@ -243,6 +244,28 @@ mod tests {
     }
 
     #[test]
+    fn netdevs_of_all_kinds() {
+        let config = config(&[
+            "--netdev=stream,id=a,path=/tmp/s,server=on",
+            "--netdev=stream,id=b,addr.type=unix,addr.path=/tmp/t",
+            "--netdev=loopback,id=c,peer=d",
+            "--netdev=loopback,id=d,peer=c",
+            "--netdev=loopback,id=e,peer=f",
+            "--netdev=switch,id=g",
+            "--netdev=switch,id=h,name=s",
+        ]);
+        let netdevs = config.unwrap().netdevs;
+        let kind = |id: &str| netdevs.iter().find(|netdev| netdev.id == id).unwrap().kind.clone();
+        assert_eq!(kind("a"), NetdevKind::Stream { path: "/tmp/s".into(), server: true });
+        assert_eq!(kind("b"), NetdevKind::Stream { path: "/tmp/t".into(), server: false });
+        assert_eq!(kind("d"), NetdevKind::Loopback { peer: "c".into() });
+        assert_eq!(kind("f"), NetdevKind::Loopback { peer: "e".into() });
+        assert_eq!(kind("g"), NetdevKind::Switch { name: String::new() });
+        assert_eq!(kind("h"), NetdevKind::Switch { name: "s".into() });
+        assert_eq!(netdevs.len(), 8);
+    }
+
+    #[test]
     fn errors_name_the_option() {
         for (arguments, option) in [
             (vec!["--cpus=0"], "--cpus"),
@@ -253,6 +276,15 @@ mod tests {
             (vec!["--netdev=bridge,id=a"], "--netdev"),
             (vec!["--netdev=tap,id=a"], "--netdev"),
             (vec!["--netdev=peer,id=a", "--netdev=null,id=a"], "--netdev"),
+            (vec!["--netdev=stream,id=a"], "path=SOCKET"),
+            (vec!["--netdev=stream,id=a,addr.type=inet,addr.path=x"], "addr.type must be unix"),
+            (vec!["--netdev=stream,id=a,path=x,addr.path=x"], "one of them"),
+            (vec!["--netdev=stream,id=a,path=x,server=yes"], "server must be on or off"),
+            (vec!["--netdev=loopback,id=a"], "peer=ID"),
+            (vec!["--netdev=loopback,id=a,peer=a"], "a peer of its own"),
+            (vec!["--netdev=loopback,id=a,peer=b", "--netdev=null,id=b"], "a peer of its own"),
+            (vec!["--netdev=loopback,id=a,peer=b", "--netdev=loopback,id=c,peer=b"], "a peer of its own"),
+            (vec!["--netdev=switch,id=a,ports=3"], "there is no `ports`"),
             (vec!["--device=virtio-net"], "--device"),
             (vec!["--device=mana,netdev=n9"], "--device"),
             (vec!["--netdev=peer,id=a", "--device=mana,netdev=a", "--device=mana,netdev=a"], "--device"),

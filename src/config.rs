@@ -45,6 +45,23 @@ pub enum NetdevKind {
         /// The interface's name.
         ifname: String,
     },
+    /// A stream socket with QEMU's framing.
+    Stream {
+        /// The socket.
+        path: PathBuf,
+        /// Listen there instead of connecting.
+        server: bool,
+    },
+    /// Another netdev of this machine.
+    Loopback {
+        /// Its id.
+        peer: String,
+    },
+    /// A learning switch.
+    Switch {
+        /// The switch's name; ports of one name are on one switch.
+        name: String,
+    },
     /// Takes everything, sends nothing.
     Null,
 }

@@ -11,7 +11,7 @@ use vm_memory::{GuestMemoryAtomic, GuestMemoryMmap};
 
 use crate::config::{ManaNic, VmConfig};
 use crate::irq::MsiRoutes;
-use crate::net::{self, Cable};
+use crate::net::{Cable, Exchange};
 use crate::stop::{Outcome, Stop};
 use crate::trace::TraceFile;
 use crate::workers::{Mailboxes, Workers};
@@ -27,6 +27,8 @@ pub struct Surroundings<'a> {
     pub vm: &'a Arc<VmFd>,
     /// Guest RAM.
     pub memory: &'a GuestMemoryMmap,
+    /// Where cables come from.
+    pub cables: &'a Exchange,
     /// Time for devices, cables and the trace.
     pub clock: &'a Arc<dyn Clock>,
     /// `--trace`.
@@ -93,7 +95,7 @@ fn open_cables(nic: &ManaNic, around: &Surroundings<'_>) -> anyhow::Result<Vec<A
         let netdevs = &around.config.netdevs;
         let index = netdevs.iter().position(|netdev| netdev.id == *id);
         let index = index.with_context(|| format!("--device: there is no --netdev with id={id}"))?;
-        net::open(&netdevs[index], index, nic.device.mtu, around.clock)
+        around.cables.open(&netdevs[index], index, nic.device.mtu)
     };
     nic.netdevs.iter().map(open).collect()
 }

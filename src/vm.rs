@@ -24,6 +24,7 @@ use crate::irq::{self, IrqLine, LevelLine};
 use crate::legacy::{
     AcpiPm, AgentPort, Console, ConsoleTimers, I8042, Pvpanic, Rtc, RtcAlarm, SerialInput, SerialPort,
 };
+use crate::net::Exchange;
 use crate::nic::{Nic, Surroundings};
 use crate::pci_host::plan::Wish;
 use crate::pci_host::{PciFunction, PciHost};
@@ -138,8 +139,10 @@ impl Machine {
         add_legacy_devices(config, &vm, &mut bus, &mut events, &console, &agent, &stop)?;
         add_endings(&mut events, outside, &stop)?;
 
+        let cables = Exchange::new(outside.clock.clone());
         let around = Surroundings {
             config,
+            cables: &cables,
             vm: &vm,
             memory: &memory,
             clock: &outside.clock,

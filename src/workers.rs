@@ -17,14 +17,15 @@ use std::thread::JoinHandle;
 use std::time::Duration;
 
 use anyhow::{Context, bail};
+use arrayvec::ArrayVec;
 use event_manager::{EventManager, EventOps, Events, MutEventSubscriber, SubscriberOps};
-use mana_device::doors::{Clock, RxFrame, Waker, Work};
+use mana_device::doors::{Clock, Waker, Work};
 use mana_device::{ManaDevice, Ran};
 use vmm_sys_util::epoll::EventSet;
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 use vmm_sys_util::timerfd::TimerFd;
 
-use crate::net::Cable;
+use crate::net::{Cable, Frame};
 
 /// Requests, packets or frames that a piece may do before the next has its turn.
 const BUDGET: usize = 64;
@@ -35,8 +36,8 @@ pub trait Function: Send + Sync {
     fn run(&self, work: Work, budget: usize) -> Ran;
     /// See [`ManaDevice::run_timers`].
     fn run_timers(&self) -> Option<u64>;
-    /// See [`ManaDevice::deliver`].
-    fn deliver(&self, port: usize, frames: &[RxFrame<'_>]) -> usize;
+    /// Frames from the cable of `port`.
+    fn deliver(&self, port: usize, frames: &[Frame<'_>]);
 }
 
 impl Function for ManaDevice {
@@ -46,8 +47,11 @@ impl Function for ManaDevice {
     fn run_timers(&self) -> Option<u64> {
         self.run_timers()
     }
-    fn deliver(&self, port: usize, frames: &[RxFrame<'_>]) -> usize {
-        self.deliver(port, frames)
+    fn deliver(&self, port: usize, frames: &[Frame<'_>]) {
+        for batch in frames.chunks(BUDGET) {
+            let batch: ArrayVec<_, BUDGET> = batch.iter().map(Frame::received).collect();
+            self.deliver(port, &batch);
+        }
     }
 }
 
@@ -150,7 +154,8 @@ impl Mailboxes {
             let task = Task::Cable(port);
             cable.on_ready(Box::new(move || mailboxes.of(task).put_once(task)));
         }
-        let mut workers = Workers { mailboxes: Arc::clone(self), threads: Vec::new() };
+        let mut workers =
+            Workers { mailboxes: Arc::clone(self), cables: Arc::clone(&cables), threads: Vec::new() };
         for index in 0..self.0.len() {
             let worker =
                 Worker::new(index, self, Arc::clone(device), Arc::clone(&cables), Arc::clone(clock))?;
@@ -173,6 +178,7 @@ impl Waker for Mailboxes {
 /// Running workers; dropping them stops them.
 pub struct Workers {
     mailboxes: Arc<Mailboxes>,
+    cables: Arc<[Arc<dyn Cable>]>,
     threads: Vec<JoinHandle<anyhow::Result<()>>>,
 }
 
@@ -190,10 +196,18 @@ impl Workers {
             mailbox.change(|post| post.stop = true);
         }
         let mut result = Ok(());
+        if self.threads.is_empty() {
+            return result;
+        }
         for thread in self.threads.drain(..) {
             let name = thread.thread().name().unwrap_or_default().to_owned();
             let ended = thread.join().unwrap_or_else(|_| bail!("{name} panicked"));
             result = result.and(ended);
+        }
+        for (port, cable) in self.cables.iter().enumerate() {
+            if let lost @ 1.. = cable.dropped() {
+                log::info!("the cable of port {port} has lost {lost} frames for the guest");
+            }
         }
         result
     }
@@ -376,9 +390,7 @@ impl<F: Function> Worker<F> {
             }
             Task::Run(work) => self.device.run(work, BUDGET),
             Task::Cable(port) => {
-                let polled = self.cables[port].poll(BUDGET, &mut |frames| {
-                    self.device.deliver(port, frames);
-                });
+                let polled = self.cables[port].poll(BUDGET, &mut |frames| self.device.deliver(port, frames));
                 self.cable_deadlines[port] = polled.deadline;
                 if polled.more { Ran::More } else { Ran::Idle }
             }
@@ -469,11 +481,10 @@ mod tests {
             self.changed.notify_all();
             (timers.len() < 3).then(|| self.clock.as_ref().unwrap().now_ns() + 30_000_000)
         }
-        fn deliver(&self, port: usize, frames: &[RxFrame<'_>]) -> usize {
+        fn deliver(&self, port: usize, frames: &[Frame<'_>]) {
             let mut seen = self.frames.lock().unwrap();
             seen.extend(frames.iter().map(|frame| (port, frame.bytes.to_vec())));
             self.changed.notify_all();
-            frames.len()
         }
     }
 
@@ -580,7 +591,7 @@ mod tests {
                 waiting.push(b"deadline".to_vec());
             }
             for bytes in waiting.drain(..) {
-                deliver(&[RxFrame { bytes: &bytes, checksum: Default::default() }]);
+                deliver(&[Frame::plain(&bytes, Default::default())]);
             }
             let deadline = late.and(wait).map(|wait| self.clock.now_ns() + wait.as_nanos() as u64);
             Polled { more: false, deadline }

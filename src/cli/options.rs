@@ -1,12 +1,14 @@
 //! The values of `--cpus`, `--memory`, `--netdev`, `--device` and `--pcap`.
 
 use std::collections::HashSet;
+use std::path::PathBuf;
 
 use mana_device::config::{DeviceConfig, MAX_QUEUES_PER_VPORT, MAX_VPORTS, MSIX_TABLE_SIZES, VportConfig};
 
 use crate::config::{ManaNic, Netdev, NetdevKind, Slot, Topology};
 use crate::keyval::{KeyValues, OptionError};
 
+const NETDEV: &str = "--netdev";
 /// More would need APIC ids above 254, hence x2APIC and interrupt remapping.
 const MAX_CPUS: u64 = 254;
 /// Guest RAM is dealt out to nodes in pieces of this size.
@@ -77,23 +79,45 @@ pub(super) fn size(option: &'static str, text: &str) -> Result<u64, OptionError>
     Ok(bytes)
 }
 
-/// `--netdev`, all of them.
+/// `--netdev`, all of them. A loopback's other end is a netdev too, whether or not it is written as one.
 pub(super) fn netdevs(texts: &[String]) -> Result<Vec<Netdev>, OptionError> {
+    let error = |reason: String| OptionError::new(NETDEV, reason);
     let mut netdevs = Vec::<Netdev>::new();
     for text in texts {
         let netdev = netdev(text)?;
         if netdevs.iter().any(|other| other.id == netdev.id) {
-            return Err(OptionError::new("--netdev", format!("id `{}` is given twice", netdev.id)));
+            return Err(error(format!("id `{}` is given twice", netdev.id)));
         }
         netdevs.push(netdev);
+    }
+    for (id, peer) in loopbacks(&netdevs) {
+        let kind = NetdevKind::Loopback { peer: id.clone() };
+        match netdevs.iter().find(|netdev| netdev.id == peer) {
+            None => netdevs.push(Netdev { id: peer, kind, pcap: None }),
+            Some(netdev) if netdev.kind == kind && id != peer => {}
+            Some(_) => {
+                return Err(error(format!(
+                    "loopback `{id}` needs a peer of its own, and `{peer}` is something else already; an id that is \
+                     not taken becomes its other end"
+                )));
+            }
+        }
     }
     Ok(netdevs)
 }
 
+/// Id and peer of each loopback.
+fn loopbacks(netdevs: &[Netdev]) -> Vec<(String, String)> {
+    let ends = netdevs.iter().filter_map(|netdev| match &netdev.kind {
+        NetdevKind::Loopback { peer } => Some((netdev.id.clone(), peer.clone())),
+        _ => None,
+    });
+    ends.collect()
+}
+
 fn netdev(text: &str) -> Result<Netdev, OptionError> {
-    const OPTION: &str = "--netdev";
-    let mut options = KeyValues::parse(OPTION, "type", text)?;
-    let missing = |key: &str| OptionError::new(OPTION, format!("`{text}` needs {key}"));
+    let mut options = KeyValues::parse(NETDEV, "type", text)?;
+    let missing = |key: &str| OptionError::new(NETDEV, format!("`{text}` needs {key}"));
     let kind = match options.take("type")?.as_deref() {
         Some("peer") => NetdevKind::Peer,
         Some("null") => NetdevKind::Null,
@@ -102,11 +126,48 @@ fn netdev(text: &str) -> Result<Netdev, OptionError> {
                 .take_with("ifname", "an interface's name, 1 to 15 bytes long", interface_name)?
                 .ok_or_else(|| missing("ifname=NAME"))?,
         },
-        _ => return Err(OptionError::new(OPTION, format!("`{text}` is none of peer, tap and null"))),
+        Some("stream") => stream(text, &mut options)?,
+        Some("loopback") => {
+            NetdevKind::Loopback { peer: options.take("peer")?.ok_or_else(|| missing("peer=ID"))? }
+        }
+        Some("switch") => NetdevKind::Switch { name: options.take("name")?.unwrap_or_default() },
+        _ => {
+            let reason = format!("`{text}` is none of peer, tap, stream, loopback, switch and null");
+            return Err(OptionError::new(NETDEV, reason));
+        }
     };
     let id = options.take("id")?.ok_or_else(|| missing("id=NAME"))?;
     options.finish()?;
     Ok(Netdev { id, kind, pcap: None })
+}
+
+/// `path=` or, as QEMU has it, `addr.type=unix,addr.path=`.
+fn stream(text: &str, options: &mut KeyValues) -> Result<NetdevKind, OptionError> {
+    let kind = options.take("addr.type")?;
+    if kind.as_ref().is_some_and(|kind| kind != "unix") {
+        return Err(options.error("addr.type", "must be unix: other sockets are not supported"));
+    }
+    let (path, qemu_path) = (
+        options.take_with("path", SOCKET_PATH, socket_path)?,
+        options.take_with("addr.path", SOCKET_PATH, socket_path)?,
+    );
+    let path = match (path, qemu_path) {
+        (Some(_), Some(_)) => {
+            return Err(options.error("path", "and addr.path mean the same; give one of them"));
+        }
+        (path, qemu_path) => path.or(qemu_path),
+    };
+    let path = path.ok_or_else(|| {
+        OptionError::new(NETDEV, format!("`{text}` needs path=SOCKET, a Unix socket's path"))
+    })?;
+    Ok(NetdevKind::Stream { path, server: options.take_switch("server")?.unwrap_or(false) })
+}
+
+const SOCKET_PATH: &str = "a Unix socket's path, at most 107 bytes long";
+
+/// `sun_path` has 108 bytes, the last of which is zero (unix(7)).
+fn socket_path(path: &str) -> Option<PathBuf> {
+    (path.len() < 108).then(|| path.into())
 }
 
 /// IFNAMSIZ counts the final zero byte.

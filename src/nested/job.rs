@@ -14,7 +14,7 @@ use object::Endianness;
 use object::read::elf::{ElfFile64, ProgramHeader};
 use serde::{Deserialize, Serialize};
 
-use crate::config::{Accel, NetdevKind, VmConfig};
+use crate::config::{Accel, Netdev, NetdevKind, VmConfig};
 use crate::cpio::Archive;
 use crate::initramfs;
 use crate::initramfs::modules::Module;
@@ -89,14 +89,7 @@ impl Parcel {
     /// # Errors
     /// One sentence when a file is missing or the configuration can't be had in a nested run.
     pub fn boot(index: usize, mut config: VmConfig, terminal: bool) -> Result<Self> {
-        if let Some(netdev) =
-            config.netdevs.iter().find(|netdev| matches!(netdev.kind, NetdevKind::Tap { .. }))
-        {
-            bail!(
-                "--netdev tap,id={}: a nested run can't reach this machine's interfaces; use --netdev peer there",
-                netdev.id
-            );
-        }
+        config.netdevs.iter().try_for_each(can_be_had)?;
         let mut parcel = Self::probe();
         match &config.initrd {
             Some(initrd) => config.initrd = Some(parcel.take(initrd)?),
@@ -164,6 +157,21 @@ impl Parcel {
         }
         Ok(())
     }
+}
+
+/// Level 1 has none of this machine's interfaces and sockets.
+fn can_be_had(netdev: &Netdev) -> Result<()> {
+    let (kind, what) = match netdev.kind {
+        NetdevKind::Tap { .. } => ("tap", "interfaces"),
+        NetdevKind::Stream { .. } => ("stream", "sockets"),
+        NetdevKind::Peer | NetdevKind::Loopback { .. } | NetdevKind::Switch { .. } | NetdevKind::Null => {
+            return Ok(());
+        }
+    };
+    bail!(
+        "--netdev {kind},id={}: a nested run can't reach this machine's {what}; use --netdev peer there",
+        netdev.id
+    )
 }
 
 /// Writes the initramfs of a level 1 that has these modules and runs these jobs.

@@ -4,23 +4,42 @@
 //! whichever worker runs the send queue; frames for the guest are fetched by [`Cable::poll`], which only the
 //! worker that owns the vPort calls (see [`crate::workers`]).
 //!
-//! Every netdev is a network of its own: two peers never see each other.
+//! Every netdev is a network of its own, unless it is one end of a loopback or a port of a switch: two peers never see
+//! each other.
+//!
+//! | cable | frames leave to | unfinished frames |
+//! |---|---|---|
+//! | [`Peer`] | the built-in host | finished by the device |
+//! | [`Tap`] | the host's network stack | checksums and segmentation by the host's kernel, both ways |
+//! | [`Stream`] | a socket: passt, QEMU, another mana-vmm | finished by the device |
+//! | [`Loopback`], [`SwitchPort`] | other ports | stay unfinished until a taker wants them finished |
+//! | [`Null`] | nothing | ignored |
 
+mod batch;
+mod exchange;
+mod frame;
+mod framing;
+mod inbox;
+mod loopback;
 mod null;
 mod pcap;
 pub mod peer;
+mod stream;
+mod switch;
 mod tap;
 
 use std::os::fd::RawFd;
-use std::sync::Arc;
 
-use mana_device::doors::{Clock, Port, RxFrame, TxFrame};
+use mana_device::doors::{Port, TxFrame};
 
-use crate::config::{Netdev, NetdevKind};
-
+pub use exchange::Exchange;
+pub use frame::{Accepts, Frame};
+pub use loopback::Loopback;
 pub use null::Null;
 pub use pcap::Pcap;
 pub use peer::Peer;
+pub use stream::Stream;
+pub use switch::SwitchPort;
 pub use tap::Tap;
 
 /// Bytes of an Ethernet header and one VLAN tag: a frame is at most this much longer than the MTU.
@@ -30,7 +49,7 @@ const FRAME_OVERHEAD: usize = 14 + 4;
 pub type Kick = Box<dyn Fn() + Send + Sync>;
 
 /// Where [`Cable::poll`] hands a batch of frames for the guest, in order.
-pub type Deliver<'a> = &'a mut dyn FnMut(&[RxFrame<'_>]);
+pub type Deliver<'a> = &'a mut dyn FnMut(&[Frame<'_>]);
 
 /// What is left after [`Cable::poll`].
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -55,30 +74,17 @@ pub trait Cable: Port {
     fn on_ready(&self, kick: Kick) {
         drop(kick);
     }
+    /// The taker can deal with these unfinished frames; without a call, with none. Called once, before any frame is
+    /// sent or polled for.
+    fn accept(&self, accepts: Accepts) {
+        let _finished_anyway = accepts;
+    }
     /// Hand frames to `deliver`, in batches, about `budget` of them or one batch if that is more.
     fn poll(&self, budget: usize, deliver: Deliver<'_>) -> Polled;
-}
-
-/// Open what `netdev` describes, the `index`-th of the machine (it numbers the peers' networks), for IP packets
-/// of at most `mtu` bytes.
-///
-/// # Errors
-/// One sentence that names the option, what is wrong and what would help.
-pub fn open(
-    netdev: &Netdev,
-    index: usize,
-    mtu: u16,
-    clock: &Arc<dyn Clock>,
-) -> anyhow::Result<Arc<dyn Cable>> {
-    let cable: Arc<dyn Cable> = match &netdev.kind {
-        NetdevKind::Peer => Arc::new(Peer::new(peer::Network::numbered(index), mtu, Arc::clone(clock))),
-        NetdevKind::Tap { ifname } => Arc::new(Tap::open(ifname, mtu)?),
-        NetdevKind::Null => Arc::new(Null),
-    };
-    Ok(match &netdev.pcap {
-        Some(file) => Arc::new(Pcap::create(&netdev.id, file, cable, Arc::clone(clock))?),
-        None => cable,
-    })
+    /// Frames for the guest that were lost on the cable: no room, or too long.
+    fn dropped(&self) -> u64 {
+        0
+    }
 }
 
 /// Copy a frame out of guest memory; what `buffer` held before is gone.

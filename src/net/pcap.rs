@@ -14,7 +14,7 @@ use anyhow::Context;
 use mana_device::doors::{Clock, Port, PortCapabilities, PortDropped, TxFrame};
 use zerocopy::{Immutable, IntoBytes};
 
-use super::{Cable, Deliver, Kick, Polled, gather};
+use super::{Accepts, Cable, Deliver, Kick, Polled, gather};
 
 /// Magic of a file whose second timestamp field counts nanoseconds.
 const MAGIC_NANOSECONDS: u32 = 0xa1b2_3c4d;
@@ -148,6 +148,12 @@ impl Cable for Pcap {
     }
     fn on_ready(&self, kick: Kick) {
         self.cable.on_ready(kick);
+    }
+    fn accept(&self, accepts: Accepts) {
+        self.cable.accept(accepts);
+    }
+    fn dropped(&self) -> u64 {
+        self.cable.dropped()
     }
     fn poll(&self, budget: usize, deliver: Deliver<'_>) -> Polled {
         let polled = self.cable.poll(budget, &mut |frames| {

@@ -12,10 +12,10 @@ use std::path::Path;
 use std::sync::{Mutex, PoisonError};
 
 use anyhow::{Context, anyhow, bail};
-use mana_device::doors::{Port, PortDropped, RxChecksum, RxFrame, TxFrame};
+use mana_device::doors::{Port, PortDropped, RxChecksum, TxFrame};
 use vm_memory::VolatileSlice;
 
-use super::{Cable, Deliver, FRAME_OVERHEAD, Polled};
+use super::{Cable, Deliver, FRAME_OVERHEAD, Frame, Polled};
 
 /// Frames read before they are handed on.
 const BATCH: usize = 64;
@@ -93,7 +93,7 @@ impl Cable for Tap {
                 .chunks_exact(self.max_frame + 1)
                 .zip(&lengths)
                 .filter(|&(_, &length)| length <= self.max_frame)
-                .map(|(place, &length)| RxFrame { bytes: &place[..length], checksum: RxChecksum::Unknown })
+                .map(|(place, &length)| Frame::plain(&place[..length], RxChecksum::Unknown))
                 .collect();
             if !frames.is_empty() {
                 deliver(&frames);

@@ -2,7 +2,7 @@
 
 use std::collections::VecDeque;
 
-use mana_device::doors::{RxChecksum, RxFrame};
+use mana_device::doors::RxChecksum;
 use smoltcp::iface::{Config, Interface, PollIngressSingleResult, PollResult, SocketSet};
 use smoltcp::phy::{self, DeviceCapabilities, Medium};
 use smoltcp::time::Instant;
@@ -10,6 +10,7 @@ use smoltcp::wire::{EthernetAddress, IpCidr};
 
 use super::services::Services;
 use super::{Deliver, Network, Polled};
+use crate::net::Frame;
 
 /// Frames for the guest that one poll makes before they are delivered.
 const MAX_OUT: usize = 256;
@@ -189,7 +190,7 @@ impl Stack {
         // Their checksums were just computed.
         let frames: Vec<_> = self.wire.output[..self.wire.made]
             .iter()
-            .map(|bytes| RxFrame { bytes, checksum: RxChecksum::Valid })
+            .map(|bytes| Frame::plain(bytes, RxChecksum::Valid))
             .collect();
         if !frames.is_empty() {
             deliver(&frames);

@@ -100,7 +100,7 @@ impl Guest {
             self.interface.poll(instant(now_ns), &mut self.nic, &mut self.sockets);
             let Nic { peer, received, longest, .. } = &mut self.nic;
             peer.flush();
-            let mut deliver = |batch: &[mana_device::doors::RxFrame<'_>]| {
+            let mut deliver = |batch: &[crate::net::Frame<'_>]| {
                 *longest = batch.iter().map(|f| f.bytes.len()).chain([*longest]).max().unwrap();
                 received.extend(batch.iter().map(|frame| frame.bytes.to_vec()));
             };
