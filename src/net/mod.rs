@@ -19,14 +19,19 @@ mod batch;
 mod exchange;
 mod frame;
 mod framing;
+#[cfg(test)]
+mod guest;
 mod inbox;
 mod loopback;
 mod null;
 mod pcap;
 pub mod peer;
+#[cfg(test)]
+mod real;
 mod stream;
 mod switch;
 mod tap;
+pub mod vnet;
 
 use std::os::fd::RawFd;
 

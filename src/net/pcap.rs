@@ -1,7 +1,7 @@
 //! Everything that passes on a cable, in a pcap file (draft-ietf-opsawg-pcap) with nanosecond timestamps.
 //!
-//! Frames of the guest are written as they leave the device, so a checksum or a segmentation that the cable's end
-//! is still to do is not done yet in the file.
+//! Frames are written as they would be on a wire: checksums and segmentation that are left to somebody further on are
+//! done for the file, so that readers find no errors in it.
 
 use std::fs::File;
 use std::io::{self, BufWriter, Write};
@@ -11,10 +11,11 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use anyhow::Context;
-use mana_device::doors::{Clock, Port, PortCapabilities, PortDropped, TxFrame};
+use mana_device::doors::{Clock, Port, PortCapabilities, PortDropped, TxFrame, TxOffload};
 use zerocopy::{Immutable, IntoBytes};
 
-use super::{Accepts, Cable, Deliver, Kick, Polled, gather};
+use super::batch::{Batch, Outlet};
+use super::{Accepts, Cable, Deliver, Frame, Kick, Polled};
 
 /// Magic of a file whose second timestamp field counts nanoseconds.
 const MAGIC_NANOSECONDS: u32 = 0xa1b2_3c4d;
@@ -45,7 +46,9 @@ struct PacketHeader {
 
 struct Capture {
     out: BufWriter<File>,
-    frame: Vec<u8>,
+    /// A frame that is being finished.
+    batch: Batch,
+    outlet: Outlet,
     failed: bool,
 }
 
@@ -99,7 +102,9 @@ impl Pcap {
         out.write_all(header.as_bytes()).and_then(|()| out.flush()).with_context(|| name.clone())?;
         let wall = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_nanos();
         let epoch_ns = u64::try_from(wall).unwrap_or(u64::MAX).saturating_sub(clock.now_ns());
-        let capture = Mutex::new(Capture { out, frame: Vec::new(), failed: false });
+        let mut outlet = Outlet::default();
+        outlet.limit(u16::MAX);
+        let capture = Mutex::new(Capture { out, batch: Batch::default(), outlet, failed: false });
         Ok(Self { name, cable, clock, epoch_ns, capture })
     }
 
@@ -107,7 +112,29 @@ impl Pcap {
         self.capture.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn record(&self, capture: &mut Capture, bytes: &[u8]) {
+    /// Record a frame for the guest.
+    fn record(&self, capture: &mut Capture, frame: &Frame<'_>) {
+        if frame.offload == TxOffload::default() {
+            return self.write(capture, frame.bytes);
+        }
+        capture.batch.room(frame.bytes.len()).copy_from_slice(frame.bytes);
+        capture.batch.commit(0..frame.bytes.len(), frame.checksum, frame.offload);
+        self.record_batch(capture);
+    }
+
+    /// Record what is in the batch.
+    fn record_batch(&self, capture: &mut Capture) {
+        let (mut batch, mut outlet) =
+            (std::mem::take(&mut capture.batch), std::mem::take(&mut capture.outlet));
+        let count = batch.len();
+        outlet.hand_over(&mut batch, 0..count, &mut |frames| {
+            frames.iter().for_each(|frame| self.write(capture, frame.bytes));
+        });
+        batch.clear();
+        (capture.batch, capture.outlet) = (batch, outlet);
+    }
+
+    fn write(&self, capture: &mut Capture, bytes: &[u8]) {
         let time_ns = self.epoch_ns.saturating_add(self.clock.now_ns());
         self.attempt(capture, |capture| capture.write(time_ns, bytes));
     }
@@ -129,11 +156,11 @@ impl Port for Pcap {
         self.cable.capabilities()
     }
     fn send(&self, frame: &TxFrame<'_>) -> Result<(), PortDropped> {
-        let capture = &mut *self.capture();
-        let mut bytes = std::mem::take(&mut capture.frame);
-        gather(frame, &mut bytes);
-        self.record(capture, &bytes);
-        capture.frame = bytes;
+        {
+            let capture = &mut *self.capture();
+            capture.batch.gather(frame);
+            self.record_batch(capture);
+        }
         self.cable.send(frame)
     }
     fn flush(&self) {
@@ -159,9 +186,7 @@ impl Cable for Pcap {
         let polled = self.cable.poll(budget, &mut |frames| {
             {
                 let capture = &mut *self.capture();
-                for frame in frames {
-                    self.record(capture, frame.bytes);
-                }
+                frames.iter().for_each(|frame| self.record(capture, frame));
             }
             deliver(frames);
         });
