@@ -131,7 +131,7 @@ pub struct BootArgs {
     #[arg(long, value_enum, default_value = "auto")]
     accel: AccelArg,
     /// Cable: peer,id=ID | tap,id=ID,ifname=NAME | stream,id=ID,path=SOCKET[,server=on|off] (QEMU's framing; passt) |
-    /// loopback,id=ID,peer=ID (the other end) | switch,id=ID[,name=NAME] | null,id=ID.
+    /// loopback,id=ID,peer=ID (the other end) | switch,id=ID[,name=NAME|,path=SOCKET] | null,id=ID.
     #[arg(long, value_name = "KIND,id=ID")]
     netdev: Vec<String>,
     #[allow(rustdoc::broken_intra_doc_links, reason = "the brackets of the help are no links")]
@@ -260,8 +260,8 @@ mod tests {
         assert_eq!(kind("b"), NetdevKind::Stream { path: "/tmp/t".into(), server: false });
         assert_eq!(kind("d"), NetdevKind::Loopback { peer: "c".into() });
         assert_eq!(kind("f"), NetdevKind::Loopback { peer: "e".into() });
-        assert_eq!(kind("g"), NetdevKind::Switch { name: String::new() });
-        assert_eq!(kind("h"), NetdevKind::Switch { name: "s".into() });
+        assert_eq!(kind("g"), NetdevKind::Switch { name: String::new(), path: None });
+        assert_eq!(kind("h"), NetdevKind::Switch { name: "s".into(), path: None });
         assert_eq!(netdevs.len(), 8);
     }
 
@@ -284,6 +284,7 @@ mod tests {
             (vec!["--netdev=loopback,id=a,peer=a"], "a peer of its own"),
             (vec!["--netdev=loopback,id=a,peer=b", "--netdev=null,id=b"], "a peer of its own"),
             (vec!["--netdev=loopback,id=a,peer=b", "--netdev=loopback,id=c,peer=b"], "a peer of its own"),
+            (vec!["--netdev=switch,id=a,name=s,path=/tmp/s"], "path= names the switch"),
             (vec!["--netdev=switch,id=a,ports=3"], "there is no `ports`"),
             (vec!["--device=virtio-net"], "--device"),
             (vec!["--device=mana,netdev=n9"], "--device"),

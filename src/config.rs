@@ -61,6 +61,8 @@ pub enum NetdevKind {
     Switch {
         /// The switch's name; ports of one name are on one switch.
         name: String,
+        /// The socket where machines with the same switch meet. Then the name counts for nothing.
+        path: Option<PathBuf>,
     },
     /// Takes everything, sends nothing.
     Null,

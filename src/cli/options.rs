@@ -130,7 +130,7 @@ fn netdev(text: &str) -> Result<Netdev, OptionError> {
         Some("loopback") => {
             NetdevKind::Loopback { peer: options.take("peer")?.ok_or_else(|| missing("peer=ID"))? }
         }
-        Some("switch") => NetdevKind::Switch { name: options.take("name")?.unwrap_or_default() },
+        Some("switch") => switch(&mut options)?,
         _ => {
             let reason = format!("`{text}` is none of peer, tap, stream, loopback, switch and null");
             return Err(OptionError::new(NETDEV, reason));
@@ -161,6 +161,18 @@ fn stream(text: &str, options: &mut KeyValues) -> Result<NetdevKind, OptionError
         OptionError::new(NETDEV, format!("`{text}` needs path=SOCKET, a Unix socket's path"))
     })?;
     Ok(NetdevKind::Stream { path, server: options.take_switch("server")?.unwrap_or(false) })
+}
+
+/// Of this machine alone, by `name=`, or of several that meet at `path=`.
+fn switch(options: &mut KeyValues) -> Result<NetdevKind, OptionError> {
+    let valid = |name: &str| (!name.starts_with('/')).then(|| name.to_owned());
+    let name = options.take_with("name", "a word without a slash in front (a socket is path=)", valid)?;
+    let path = options.take_with("path", SOCKET_PATH, socket_path)?;
+    if name.is_some() && path.is_some() {
+        let reason = "is for a switch of this machine alone; where machines meet, path= names the switch";
+        return Err(options.error("name", reason));
+    }
+    Ok(NetdevKind::Switch { name: name.unwrap_or_default(), path })
 }
 
 const SOCKET_PATH: &str = "a Unix socket's path, at most 107 bytes long";

@@ -164,12 +164,14 @@ fn can_be_had(netdev: &Netdev) -> Result<()> {
     let (kind, what) = match netdev.kind {
         NetdevKind::Tap { .. } => ("tap", "interfaces"),
         NetdevKind::Stream { .. } => ("stream", "sockets"),
+        NetdevKind::Switch { path: Some(_), .. } => ("switch", "sockets"),
         NetdevKind::Peer | NetdevKind::Loopback { .. } | NetdevKind::Switch { .. } | NetdevKind::Null => {
             return Ok(());
         }
     };
+    let instead = if kind == "switch" { "a switch without path=" } else { "--netdev peer" };
     bail!(
-        "--netdev {kind},id={}: a nested run can't reach this machine's {what}; use --netdev peer there",
+        "--netdev {kind},id={}: a nested run can't reach this machine's {what}; use {instead} there",
         netdev.id
     )
 }

@@ -1,12 +1,14 @@
 //! The cables of a machine, by what their netdevs say.
 
 use std::collections::HashMap;
+use std::path::Path;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use mana_device::doors::Clock;
 
 use super::inbox::Inbox;
 use super::switch::Switch;
+use super::uplink::Uplink;
 use super::{Cable, Loopback, Null, Pcap, Peer, Stream, SwitchPort, Tap, peer};
 use crate::config::{Netdev, NetdevKind};
 
@@ -44,7 +46,8 @@ impl Exchange {
                 Arc::new(Stream::open(&netdev.id, path, *server, mtu, &self.clock)?)
             }
             NetdevKind::Loopback { peer } => Arc::new(self.loopback(&netdev.id, peer, mtu)),
-            NetdevKind::Switch { name } => Arc::new(SwitchPort::new(self.switch(name), mtu)),
+            NetdevKind::Switch { name, path: None } => Arc::new(SwitchPort::new(self.switch(name).0, mtu)),
+            NetdevKind::Switch { path: Some(path), .. } => Arc::new(self.spanning_switch(path, mtu)?),
             NetdevKind::Null => Arc::new(Null),
         };
         Ok(match &netdev.pcap {
@@ -64,9 +67,23 @@ impl Exchange {
         Loopback::new(own, other)
     }
 
-    fn switch(&self, name: &str) -> Arc<Switch> {
+    /// The switch of that name, and whether it is new.
+    fn switch(&self, name: &str) -> (Arc<Switch>, bool) {
         let mut shared = self.shared.lock().unwrap_or_else(PoisonError::into_inner);
-        Arc::clone(shared.switches.entry(name.to_owned()).or_insert_with(|| Arc::new(Switch::new())))
+        let mut new = false;
+        let entry = shared.switches.entry(name.to_owned());
+        let switch = entry.or_insert_with(|| {
+            new = true;
+            Arc::new(Switch::new())
+        });
+        (Arc::clone(switch), new)
+    }
+
+    fn spanning_switch(&self, path: &Path, mtu: u16) -> anyhow::Result<SwitchPort> {
+        // No name has a slash in front: `--netdev` sees to that.
+        let (switch, new) = self.switch(&format!("/{}", path.display()));
+        let uplink = new.then(|| Uplink::open(path, switch.clone(), self.clock.clone())).transpose()?;
+        Ok(SwitchPort::with_uplink(switch, mtu, uplink))
     }
 }
 
@@ -109,8 +126,9 @@ mod tests {
     #[test]
     fn super_frames_are_cut_for_who_takes_none() {
         let exchange = exchange();
-        let port =
-            |id: &str| exchange.open(&netdev(id, NetdevKind::Switch { name: "s".into() }), 0, 1500).unwrap();
+        let port = |id: &str| {
+            exchange.open(&netdev(id, NetdevKind::Switch { name: "s".into(), path: None }), 0, 1500).unwrap()
+        };
         let (a, b, c) = (port("a"), port("b"), port("c"));
         c.accept(super::super::Accepts { checksum: true, tcp4: true, tcp6: true });
         let large = partial_tcp4(&[9; 20_000]);
@@ -125,7 +143,7 @@ mod tests {
     fn switches_of_different_names_are_apart() {
         let exchange = exchange();
         let port = |id: &str, name: &str| {
-            exchange.open(&netdev(id, NetdevKind::Switch { name: name.into() }), 0, 1500).unwrap()
+            exchange.open(&netdev(id, NetdevKind::Switch { name: name.into(), path: None }), 0, 1500).unwrap()
         };
         let (a, b, other) = (port("a", "s"), port("b", "s"), port("c", "t"));
         send(a.as_ref(), &[0xff; 60]);

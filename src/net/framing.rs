@@ -88,6 +88,11 @@ impl Input {
     pub fn bytes(&self, frame: Range<usize>) -> &[u8] {
         &self.buffer[frame]
     }
+
+    /// The same, for who sends the frame on as a piece of memory.
+    pub fn bytes_mut(&mut self, frame: Range<usize>) -> &mut [u8] {
+        &mut self.buffer[frame]
+    }
 }
 
 /// The outgoing half.

@@ -31,6 +31,7 @@ mod real;
 mod stream;
 mod switch;
 mod tap;
+mod uplink;
 pub mod vnet;
 
 use std::os::fd::RawFd;

@@ -4,6 +4,7 @@
 //! for an address that nobody has sent from, goes to all other ports. Learned addresses don't age: an address that
 //! moves is learned anew with its first frame.
 
+use std::os::fd::RawFd;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
@@ -11,6 +12,7 @@ use arc_swap::ArcSwap;
 use mana_device::doors::{Port, PortCapabilities, PortDropped, TxFrame};
 
 use super::inbox::Inbox;
+use super::uplink::Uplink;
 use super::{Accepts, Cable, Deliver, Kick, Polled};
 
 /// Slots for addresses, a power of two.
@@ -199,6 +201,10 @@ pub struct SwitchPort {
     switch: Arc<Switch>,
     port: u16,
     inbox: Arc<Inbox>,
+    /// The switch's connections to other machines, if this port's poller has to see to them.
+    uplink: Option<Uplink>,
+    /// The switch has such connections: frames leave finished.
+    spans_machines: bool,
 }
 
 impl SwitchPort {
@@ -207,14 +213,19 @@ impl SwitchPort {
         let inbox = Arc::new(Inbox::new());
         inbox.limit(mtu);
         let port = switch.join(inbox.clone());
-        Self { switch, port, inbox }
+        Self { switch, port, inbox, uplink: None, spans_machines: false }
+    }
+
+    /// The same on a switch that spans machines. The first port gets the `uplink`.
+    pub fn with_uplink(switch: Arc<Switch>, mtu: u16, uplink: Option<Uplink>) -> Self {
+        Self { uplink, spans_machines: true, ..Self::new(switch, mtu) }
     }
 }
 
 impl Port for SwitchPort {
-    /// As with [`super::Loopback`].
+    /// As with [`super::Loopback`], unless frames may leave the machine.
     fn capabilities(&self) -> PortCapabilities {
-        PortCapabilities { checksum: true, segmentation: true }
+        PortCapabilities { checksum: !self.spans_machines, segmentation: !self.spans_machines }
     }
     fn send(&self, frame: &TxFrame<'_>) -> Result<(), PortDropped> {
         self.switch.forward(self.port, frame)
@@ -225,6 +236,9 @@ impl Port for SwitchPort {
 }
 
 impl Cable for SwitchPort {
+    fn readable(&self) -> Option<RawFd> {
+        self.uplink.as_ref().map(Uplink::file)
+    }
     fn on_ready(&self, kick: Kick) {
         self.inbox.on_ready(kick);
     }
@@ -232,7 +246,9 @@ impl Cable for SwitchPort {
         self.inbox.accept(accepts);
     }
     fn poll(&self, budget: usize, deliver: Deliver<'_>) -> Polled {
-        self.inbox.poll(budget, deliver)
+        let uplink = self.uplink.as_ref().map(|uplink| uplink.poll(budget)).unwrap_or_default();
+        let own = self.inbox.poll(budget, deliver);
+        Polled { more: own.more || uplink.more, deadline: uplink.deadline }
     }
     fn dropped(&self) -> u64 {
         self.inbox.dropped()
