@@ -136,7 +136,7 @@ pub struct BootArgs {
     netdev: Vec<String>,
     #[allow(rustdoc::broken_intra_doc_links, reason = "the brackets of the help are no links")]
     /// Network device: mana[,netdev=ID]...[,mac=][,mtu=][,max-msix=][,msix-table=][,max-queues=][,node=]
-    /// [,slot=root|port][,rdma=on|off][,strict=on|off]; one vPort for each netdev, a peer if there is none.
+    /// [,slot=root|port][,workers=][,rdma=on|off][,strict=on|off]; one vPort for each netdev, a peer if there is none.
     #[arg(long, value_name = "mana[,KEY=VALUE]...")]
     device: Vec<String>,
     /// Write the device's events to this file (JSON lines; `mana-vmm trace` reads it).
@@ -296,6 +296,7 @@ mod tests {
             (vec!["--device=mana,max-queues=65"], "--device"),
             (vec!["--device=mana,node=1"], "--device"),
             (vec!["--device=mana,slot=left"], "--device"),
+            (vec!["--device=mana,workers=0"], "workers must be a number from 1 to 64"),
             (vec!["--pcap=n0=/tmp/x"], "--pcap"),
             (vec!["--initrd=/nowhere"], "--initrd"),
             (vec!["--modules=/nowhere"], "--modules"),

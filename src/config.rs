@@ -99,6 +99,8 @@ pub struct ManaNic {
     pub node: Option<u32>,
     /// Root bus or root port.
     pub slot: Slot,
+    /// Threads that run the queues; as many as are of use if not given.
+    pub workers: Option<u16>,
     /// End the run with exit code 4 when the driver breaks a rule of the device.
     pub strict: bool,
 }

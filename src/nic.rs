@@ -100,8 +100,11 @@ fn open_cables(nic: &ManaNic, around: &Surroundings<'_>) -> anyhow::Result<Vec<A
     nic.netdevs.iter().map(open).collect()
 }
 
-/// As many as can run at once and have queues to run.
+/// As many as were asked for, or can run at once and have queues to run.
 fn worker_count(nic: &ManaNic, config: &VmConfig) -> usize {
+    if let Some(workers) = nic.workers {
+        return workers.into();
+    }
     let host = std::thread::available_parallelism().map_or(1, usize::from);
     let queues = nic.device.vports.iter().map(|vport| usize::from(vport.max_queues)).sum();
     MAX_WORKERS.min(host).min(config.topology.cpus as usize).min(queues)

@@ -1,12 +1,13 @@
-//! The threads that run the device's queues and feed it from its cables.
+//! The threads that run a device's queues and feed it from its cables.
 //!
 //! A doorbell only notes that a queue has work ([`Waker`]); a worker then runs it. Each worker is an event loop
 //! with a mailbox: pieces of work come from doorbells, cables from their files and kicks, and both from deadlines.
+//! A doorbell may also be a file, which KVM writes without us ([`Function::doorbells`]).
 //! A worker takes turns: every piece gets its budget, then goes to the back. It sleeps when its mailbox is empty
 //! and is woken by an eventfd only then, so a busy worker costs a doorbell no system call.
 //!
-//! Each piece belongs to one worker, so it never runs on two at once: worker 0 has the hardware channel and the
-//! timers, send queue `n` is with worker `n` modulo their number, and so is the cable of vPort `n`.
+//! Each piece belongs to one worker, so it never runs on two at once: worker 0 has the control channel and the
+//! timers, queue `n` is with worker `n` modulo their number, and so is the cable of port `n`.
 //!
 //! HWC commands run here and not on the vCPU that rang: the driver sleeps until the answer's interrupt anyway, so
 //! the switch to the worker happens while that vCPU has nothing to do, and its other work goes on meanwhile.
@@ -30,18 +31,50 @@ use crate::net::{Cable, Frame};
 /// Requests, packets or frames that a piece may do before the next has its turn.
 const BUDGET: usize = 64;
 
+/// A piece of a function that is run on its own.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Piece {
+    /// The control channel.
+    Control,
+    /// What waits for a time.
+    Timers,
+    /// The queue with this number.
+    Queue(u32),
+}
+
+impl From<Work> for Piece {
+    fn from(work: Work) -> Self {
+        match work {
+            Work::Hwc => Self::Control,
+            Work::Timers => Self::Timers,
+            Work::Transmit { sq } => Self::Queue(sq),
+        }
+    }
+}
+
 /// What the workers need of a device.
 pub trait Function: Send + Sync {
-    /// See [`ManaDevice::run`].
-    fn run(&self, work: Work, budget: usize) -> Ran;
-    /// See [`ManaDevice::run_timers`].
-    fn run_timers(&self) -> Option<u64>;
+    /// Do up to `budget` requests or packets of `piece`. Never called twice at once for one piece.
+    fn run(&self, piece: Piece, budget: usize) -> Ran;
+    /// Do what has come due; the answer is when to call again.
+    fn run_timers(&self) -> Option<u64> {
+        None
+    }
     /// Frames from the cable of `port`.
     fn deliver(&self, port: usize, frames: &[Frame<'_>]);
+    /// Queues that are rung by a file. Asked for once.
+    fn doorbells(&self) -> Vec<(u32, EventFd)> {
+        Vec::new()
+    }
 }
 
 impl Function for ManaDevice {
-    fn run(&self, work: Work, budget: usize) -> Ran {
+    fn run(&self, piece: Piece, budget: usize) -> Ran {
+        let work = match piece {
+            Piece::Control => Work::Hwc,
+            Piece::Timers => Work::Timers,
+            Piece::Queue(sq) => Work::Transmit { sq },
+        };
         self.run(work, budget)
     }
     fn run_timers(&self) -> Option<u64> {
@@ -59,8 +92,8 @@ impl Function for ManaDevice {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Task {
     /// A piece of the device.
-    Run(Work),
-    /// The cable of this vPort.
+    Run(Piece),
+    /// The cable of this port.
     Cable(usize),
 }
 
@@ -116,7 +149,11 @@ impl Mailbox {
 
 /// The doorbells' side of the workers, which exists before the device does: give it to [`mana_device::Host`],
 /// then [`start`](Self::start) the workers on the device.
-pub struct Mailboxes(Vec<Mailbox>);
+pub struct Mailboxes {
+    /// What the threads are called.
+    name: String,
+    boxes: Vec<Mailbox>,
+}
 
 impl Mailboxes {
     /// Mailboxes for `workers` threads, at least one.
@@ -124,17 +161,40 @@ impl Mailboxes {
     /// # Errors
     /// No file descriptors are left.
     pub fn new(workers: usize) -> anyhow::Result<Arc<Self>> {
+        Self::named("mana", workers)
+    }
+
+    /// Mailboxes for `workers` threads of the device `name`, at least one.
+    ///
+    /// # Errors
+    /// No file descriptors are left.
+    pub fn named(name: &str, workers: usize) -> anyhow::Result<Arc<Self>> {
         let boxes: anyhow::Result<_> = (0..workers.max(1)).map(|_| Mailbox::new()).collect();
-        Ok(Arc::new(Self(boxes?)))
+        Ok(Arc::new(Self { name: name.to_owned(), boxes: boxes? }))
+    }
+
+    /// `piece` is to be run soon.
+    pub fn ring(&self, piece: Piece) {
+        self.of(Task::Run(piece)).put(Task::Run(piece));
+    }
+
+    /// The same where it may be waiting for its run already.
+    pub fn ring_once(&self, piece: Piece) {
+        self.of(Task::Run(piece)).put_once(Task::Run(piece));
     }
 
     fn of(&self, task: Task) -> &Mailbox {
+        &self.boxes[self.owner(task)]
+    }
+
+    /// The worker that `task` belongs to.
+    fn owner(&self, task: Task) -> usize {
         let index = match task {
-            Task::Run(Work::Hwc | Work::Timers) => 0,
-            Task::Run(Work::Transmit { sq }) => sq as usize,
+            Task::Run(Piece::Control | Piece::Timers) => 0,
+            Task::Run(Piece::Queue(queue)) => queue as usize,
             Task::Cable(port) => port,
         };
-        &self.0[index % self.0.len()]
+        index % self.boxes.len()
     }
 
     /// Start the workers on `device` and its `cables`, one a vPort in index order. They run until the answer is
@@ -156,10 +216,17 @@ impl Mailboxes {
         }
         let mut workers =
             Workers { mailboxes: Arc::clone(self), cables: Arc::clone(&cables), threads: Vec::new() };
-        for index in 0..self.0.len() {
-            let worker =
-                Worker::new(index, self, Arc::clone(device), Arc::clone(&cables), Arc::clone(clock))?;
-            let thread = std::thread::Builder::new().name(format!("mana-worker{index}"));
+        let doorbells = device.doorbells();
+        for index in 0..self.boxes.len() {
+            let worker = Worker::new(
+                index,
+                self,
+                Arc::clone(device),
+                Arc::clone(&cables),
+                &doorbells,
+                Arc::clone(clock),
+            )?;
+            let thread = std::thread::Builder::new().name(format!("{}-worker{index}", self.name));
             workers
                 .threads
                 .push(thread.spawn(move || worker.run()).context("no thread for a device worker")?);
@@ -170,8 +237,7 @@ impl Mailboxes {
 
 impl Waker for Mailboxes {
     fn wake(&self, work: Work) {
-        let task = Task::Run(work);
-        self.of(task).put(task);
+        self.ring(work.into());
     }
 }
 
@@ -192,7 +258,7 @@ impl Workers {
     }
 
     fn join(&mut self) -> anyhow::Result<()> {
-        for mailbox in &self.mailboxes.0 {
+        for mailbox in &self.mailboxes.boxes {
             mailbox.change(|post| post.stop = true);
         }
         let mut result = Ok(());
@@ -221,13 +287,17 @@ impl Drop for Workers {
     }
 }
 
-/// The files a worker waits for. Bell and timer are edge-triggered, so that they need no read; a cable's file
+/// Marks an event as a queue's doorbell; the rest of its number is the queue's.
+const DOORBELL: u32 = 1 << 31;
+
+/// The files a worker waits for. Bell, timer and doorbells are edge-triggered, so that they need no read; a cable's file
 /// stays ready until its frames are taken.
 struct Sources {
     bell: EventFd,
     timer: TimerFd,
     cables: Vec<(usize, std::os::fd::RawFd)>,
-    ready: Vec<usize>,
+    doorbells: Vec<(u32, EventFd)>,
+    ready: Vec<Task>,
     failed: Option<event_manager::Error>,
 }
 
@@ -238,20 +308,26 @@ impl MutEventSubscriber for Sources {
             [Events::with_data(&self.bell, u32::MAX, edge), Events::with_data(&self.timer, u32::MAX, edge)];
         let cables =
             self.cables.iter().map(|&(port, file)| Events::with_data_raw(file, port as u32, EventSet::IN));
-        self.failed = own.into_iter().chain(cables).find_map(|events| ops.add(events).err());
+        let doorbells =
+            self.doorbells.iter().map(|(queue, file)| Events::with_data(file, DOORBELL | queue, edge));
+        self.failed = own.into_iter().chain(cables).chain(doorbells).find_map(|events| ops.add(events).err());
     }
 
     fn process(&mut self, events: Events, ops: &mut EventOps<'_>) {
         if events.data() == u32::MAX {
             return;
         }
+        if events.data() & DOORBELL != 0 {
+            self.ready.push(Task::Run(Piece::Queue(events.data() & !DOORBELL)));
+            return;
+        }
         if events.event_set().intersects(EventSet::ERROR | EventSet::HANG_UP) {
-            log::error!("the cable of vPort {} is gone; it brings no more frames", events.data());
+            log::error!("the cable of port {} is gone; it brings no more frames", events.data());
             if let Err(error) = ops.remove(events) {
                 log::error!("it can't be let go of: {error}");
             }
         }
-        self.ready.push(events.data() as usize);
+        self.ready.push(Task::Cable(events.data() as usize));
     }
 }
 
@@ -264,6 +340,8 @@ struct Worker<F> {
     clock: Arc<dyn Clock>,
     events: EventManager<Sources>,
     sources: event_manager::SubscriberId,
+    /// An empty list whose memory is used again.
+    ready: Vec<Task>,
     /// Deadlines of this worker's cables, by vPort, and of the device.
     cable_deadlines: Vec<Option<u64>>,
     device_deadline: Option<u64>,
@@ -277,14 +355,20 @@ impl<F: Function> Worker<F> {
         mailboxes: &Arc<Mailboxes>,
         device: Arc<F>,
         cables: Arc<[Arc<dyn Cable>]>,
+        doorbells: &[(u32, EventFd)],
         clock: Arc<dyn Clock>,
     ) -> anyhow::Result<Self> {
-        let own = |&(port, _): &(usize, _)| port % mailboxes.0.len() == index;
-        let files = cables.iter().enumerate().filter(own);
+        let own = |task: Task| mailboxes.owner(task) == index;
+        let files = cables.iter().enumerate().filter(|&(port, _)| own(Task::Cable(port)));
+        let doorbells = doorbells.iter().filter(|(queue, _)| own(Task::Run(Piece::Queue(*queue))));
+        let doorbells = doorbells.map(|(queue, file)| Ok((*queue, file.try_clone()?)));
+        let doorbells =
+            doorbells.collect::<std::io::Result<_>>().context("no eventfd for a device worker")?;
         let sources = Sources {
-            bell: mailboxes.0[index].bell.try_clone().context("no eventfd for a device worker")?,
+            bell: mailboxes.boxes[index].bell.try_clone().context("no eventfd for a device worker")?,
             timer: TimerFd::new().context("no timer for a device worker")?,
             cables: files.filter_map(|(port, cable)| Some((port, cable.readable()?))).collect(),
+            doorbells,
             ready: Vec::new(),
             failed: None,
         };
@@ -302,6 +386,7 @@ impl<F: Function> Worker<F> {
             clock,
             events,
             sources,
+            ready: Vec::new(),
             cable_deadlines,
             device_deadline: None,
             armed: None,
@@ -313,7 +398,7 @@ impl<F: Function> Worker<F> {
         let mut busy = false;
         loop {
             {
-                let mut post = self.mailboxes.0[self.index].post();
+                let mut post = self.mailboxes.boxes[self.index].post();
                 if post.stop {
                     return Ok(());
                 }
@@ -342,13 +427,14 @@ impl<F: Function> Worker<F> {
     /// Wait for up to `milliseconds` (-1: for ever), then take what files and deadlines ask for.
     fn wait(&mut self, milliseconds: i32, turns: &mut VecDeque<Task>) -> anyhow::Result<()> {
         self.events.run_with_timeout(milliseconds).context("a device worker can't wait")?;
-        let ready = std::mem::take(&mut self.events.subscriber_mut(self.sources)?.ready);
-        let files = ready.into_iter().map(Task::Cable);
-        for task in files.chain(self.due()) {
+        let mut ready = std::mem::take(&mut self.ready);
+        std::mem::swap(&mut self.events.subscriber_mut(self.sources)?.ready, &mut ready);
+        for task in ready.drain(..).chain(self.due()) {
             if !turns.contains(&task) {
                 turns.push_back(task);
             }
         }
+        self.ready = ready;
         Ok(())
     }
 
@@ -361,7 +447,7 @@ impl<F: Function> Worker<F> {
         }
         let come = |deadline: Option<u64>| deadline.is_some_and(|deadline| deadline <= now);
         let cables = (0..self.cables.len()).filter(|&port| come(self.cable_deadlines[port])).map(Task::Cable);
-        cables.chain(come(self.device_deadline).then_some(Task::Run(Work::Timers))).collect()
+        cables.chain(come(self.device_deadline).then_some(Task::Run(Piece::Timers))).collect()
     }
 
     fn earliest(&self) -> Option<u64> {
@@ -384,11 +470,11 @@ impl<F: Function> Worker<F> {
 
     fn turn(&mut self, task: Task) -> Ran {
         match task {
-            Task::Run(Work::Timers) => {
+            Task::Run(Piece::Timers) => {
                 self.device_deadline = self.device.run_timers();
                 Ran::Idle
             }
-            Task::Run(work) => self.device.run(work, BUDGET),
+            Task::Run(piece) => self.device.run(piece, BUDGET),
             Task::Cable(port) => {
                 let polled = self.cables[port].poll(BUDGET, &mut |frames| self.device.deliver(port, frames));
                 self.cable_deadlines[port] = polled.deadline;
@@ -399,235 +485,4 @@ impl<F: Function> Worker<F> {
 }
 
 #[cfg(test)]
-mod tests {
-    use std::collections::HashMap;
-    use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
-    use std::sync::{Condvar, OnceLock};
-    use std::time::Instant;
-
-    use mana_device::doors::{Port, PortDropped, TxFrame};
-
-    use super::*;
-    use crate::clock::MonotonicClock;
-    use crate::net::{Deliver, Kick, Polled};
-
-    /// A device that counts: queues hold requests, timers come due, frames arrive.
-    #[derive(Default)]
-    struct Counter {
-        waker: OnceLock<Arc<Mailboxes>>,
-        queues: HashMap<Work, Queue>,
-        log: Mutex<Vec<Work>>,
-        frames: Mutex<Vec<(usize, Vec<u8>)>>,
-        timers: Mutex<Vec<Instant>>,
-        changed: Condvar,
-        clock: Option<Arc<dyn Clock>>,
-    }
-
-    #[derive(Default)]
-    struct Queue {
-        pending: AtomicU64,
-        done: AtomicU64,
-        running: AtomicBool,
-        overlaps: AtomicUsize,
-    }
-
-    impl Counter {
-        fn with(queues: impl IntoIterator<Item = Work>) -> Self {
-            let queues = queues.into_iter().map(|work| (work, Queue::default())).collect();
-            Self { queues, ..Self::default() }
-        }
-        fn ring(&self, work: Work, requests: u64) {
-            if self.queues[&work].pending.fetch_add(requests, Ordering::SeqCst) == 0 {
-                self.waker.get().unwrap().wake(work);
-            }
-        }
-        fn done(&self) -> u64 {
-            self.queues.values().map(|queue| queue.done.load(Ordering::SeqCst)).sum()
-        }
-        fn await_done(&self, count: u64) {
-            let end = Instant::now() + Duration::from_secs(20);
-            while self.done() != count {
-                assert!(Instant::now() < end, "{} of {count} requests were run", self.done());
-                std::thread::sleep(Duration::from_millis(1));
-            }
-        }
-        /// Wait until `seen` finds what it looks for behind `lock`.
-        fn await_in<T>(&self, lock: &Mutex<T>, seen: impl Fn(&T) -> bool) {
-            let guard = lock.lock().unwrap();
-            let waited =
-                self.changed.wait_timeout_while(guard, Duration::from_secs(20), |t| !seen(t)).unwrap();
-            assert!(!waited.1.timed_out(), "it never came");
-        }
-    }
-
-    impl Function for Counter {
-        fn run(&self, work: Work, budget: usize) -> Ran {
-            let queue = &self.queues[&work];
-            if queue.running.swap(true, Ordering::SeqCst) {
-                queue.overlaps.fetch_add(1, Ordering::SeqCst);
-            }
-            self.log.lock().unwrap().push(work);
-            let taken = queue.pending.load(Ordering::SeqCst).min(budget as u64);
-            queue.done.fetch_add(taken, Ordering::SeqCst);
-            queue.running.store(false, Ordering::SeqCst);
-            match queue.pending.fetch_sub(taken, Ordering::SeqCst) {
-                left if left == taken => Ran::Idle,
-                _ => Ran::More,
-            }
-        }
-        fn run_timers(&self) -> Option<u64> {
-            let mut timers = self.timers.lock().unwrap();
-            timers.push(Instant::now());
-            self.changed.notify_all();
-            (timers.len() < 3).then(|| self.clock.as_ref().unwrap().now_ns() + 30_000_000)
-        }
-        fn deliver(&self, port: usize, frames: &[Frame<'_>]) {
-            let mut seen = self.frames.lock().unwrap();
-            seen.extend(frames.iter().map(|frame| (port, frame.bytes.to_vec())));
-            self.changed.notify_all();
-        }
-    }
-
-    fn start(device: Counter, workers: usize, cables: Vec<Arc<dyn Cable>>) -> (Arc<Counter>, Workers) {
-        let clock: Arc<dyn Clock> = Arc::new(MonotonicClock::new());
-        let mailboxes = Mailboxes::new(workers).unwrap();
-        let device = Arc::new(Counter { clock: Some(Arc::clone(&clock)), ..device });
-        assert!(device.waker.set(Arc::clone(&mailboxes)).is_ok());
-        let workers = mailboxes.start(&device, cables, &clock).unwrap();
-        (device, workers)
-    }
-
-    #[test]
-    fn runs_every_request_and_no_piece_twice_at_once() {
-        for workers in [1, 4] {
-            let pieces: Vec<_> = (0..8).map(|sq| Work::Transmit { sq }).chain([Work::Hwc]).collect();
-            let (device, running) = start(Counter::with(pieces.iter().copied()), workers, Vec::new());
-            std::thread::scope(|scope| {
-                for chunk in pieces.chunks(3) {
-                    let device = &device;
-                    scope.spawn(move || {
-                        for round in 0..2000 {
-                            chunk.iter().for_each(|&work| device.ring(work, 1 + round % 5));
-                        }
-                    });
-                }
-            });
-            device.await_done(9 * 2000 * 3);
-            running.stop().unwrap();
-            assert!(device.queues.values().all(|queue| queue.overlaps.load(Ordering::SeqCst) == 0));
-        }
-    }
-
-    #[test]
-    fn takes_turns_when_pieces_have_more_than_their_budget() {
-        let (long, short) = (Work::Transmit { sq: 1 }, Work::Transmit { sq: 2 });
-        let (device, running) = {
-            let device = Counter::with([long, short]);
-            device.queues[&long].pending.store(100 * BUDGET as u64, Ordering::SeqCst);
-            device.queues[&short].pending.store(3 * BUDGET as u64, Ordering::SeqCst);
-            start(device, 1, Vec::new())
-        };
-        let mailboxes = device.waker.get().unwrap();
-        mailboxes.0[0].change(|post| post.tasks.extend([Task::Run(long), Task::Run(short)]));
-        device.await_done(103 * BUDGET as u64);
-        running.stop().unwrap();
-        assert_eq!(device.log.lock().unwrap()[..6], [long, short, long, short, long, short]);
-    }
-
-    #[test]
-    fn keeps_the_devices_deadlines() {
-        let (device, running) = start(Counter::default(), 2, Vec::new());
-        device.waker.get().unwrap().wake(Work::Timers);
-        device.await_in(&device.timers, |timers| timers.len() == 3);
-        running.stop().unwrap();
-        let timers = device.timers.lock().unwrap();
-        for pair in timers.windows(2) {
-            assert!(pair[1] - pair[0] >= Duration::from_millis(30), "too early");
-        }
-    }
-
-    /// A cable with frames that a file or a kick announces, and one frame that is there from a time on.
-    struct Source {
-        file: EventFd,
-        kick: OnceLock<Kick>,
-        waiting: Mutex<Vec<Vec<u8>>>,
-        late: Mutex<Option<Instant>>,
-        clock: MonotonicClock,
-    }
-
-    impl Source {
-        fn new() -> Arc<Self> {
-            let file = EventFd::new(EFD_NONBLOCK).unwrap();
-            Arc::new(Self {
-                file,
-                kick: OnceLock::new(),
-                waiting: Mutex::default(),
-                late: Mutex::default(),
-                clock: MonotonicClock::new(),
-            })
-        }
-    }
-
-    impl Port for Source {
-        fn send(&self, _frame: &TxFrame<'_>) -> Result<(), PortDropped> {
-            Ok(())
-        }
-    }
-
-    impl Cable for Source {
-        fn readable(&self) -> Option<std::os::fd::RawFd> {
-            Some(std::os::fd::AsRawFd::as_raw_fd(&self.file))
-        }
-        fn on_ready(&self, kick: Kick) {
-            assert!(self.kick.set(kick).is_ok());
-        }
-        fn poll(&self, _budget: usize, deliver: Deliver<'_>) -> Polled {
-            let _ = self.file.read();
-            let mut late = self.late.lock().unwrap();
-            let wait = late.map(|late| late.saturating_duration_since(Instant::now()));
-            let mut waiting = self.waiting.lock().unwrap();
-            if wait == Some(Duration::ZERO) {
-                *late = None;
-                waiting.push(b"deadline".to_vec());
-            }
-            for bytes in waiting.drain(..) {
-                deliver(&[Frame::plain(&bytes, Default::default())]);
-            }
-            let deadline = late.and(wait).map(|wait| self.clock.now_ns() + wait.as_nanos() as u64);
-            Polled { more: false, deadline }
-        }
-    }
-
-    #[test]
-    fn delivers_what_files_kicks_and_deadlines_bring() {
-        let cables = [Source::new(), Source::new(), Source::new()];
-        let dynamic = cables.iter().map(|cable| Arc::clone(cable) as Arc<dyn Cable>).collect();
-        let (device, running) = start(Counter::default(), 2, dynamic);
-        let arrives = |frame: &[u8]| {
-            let wanted = (2, frame.to_vec());
-            device.await_in(&device.frames, |frames| frames.contains(&wanted));
-        };
-        let cable = &cables[2];
-        cable.waiting.lock().unwrap().push(b"file".to_vec());
-        cable.file.write(1).unwrap();
-        arrives(b"file");
-        *cable.late.lock().unwrap() = Some(Instant::now() + Duration::from_millis(50));
-        cable.kick.get().unwrap()();
-        arrives(b"deadline");
-        cable.waiting.lock().unwrap().push(b"kick".to_vec());
-        cable.kick.get().unwrap()();
-        arrives(b"kick");
-        running.stop().unwrap();
-    }
-
-    #[test]
-    fn reports_a_worker_that_panicked() {
-        let (device, running) = start(Counter::default(), 1, Vec::new());
-        // No such queue.
-        device.waker.get().unwrap().wake(Work::Hwc);
-        while !running.threads[0].is_finished() {
-            std::thread::yield_now();
-        }
-        assert_eq!(running.stop().unwrap_err().to_string(), "mana-worker0 panicked");
-    }
-}
+mod tests;

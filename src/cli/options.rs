@@ -21,6 +21,8 @@ const FIRST_MAC: u64 = 0x5254_0012_3456;
 /// Smallest and largest IP packet of the device: IPv4's minimum (RFC 791), and what `adapter_mtu`, which counts
 /// the Ethernet header, can say for the jumbo frames that mana knows.
 const MTU: std::ops::RangeInclusive<u64> = 68..=9216;
+/// Threads of one device: more than there are queues on a port are never of use.
+const WORKERS: std::ops::RangeInclusive<u64> = 1..=MAX_QUEUES_PER_VPORT as u64;
 
 /// `--cpus`: QEMU's `-smp`, except that `sockets` counts those of one node.
 ///
@@ -235,6 +237,7 @@ fn mana(
     let mac = options.take_with("mac", "a unicast address such as 52:54:00:12:34:56", unicast_mac)?;
     let rdma = options.take_switch("rdma")?;
     let strict = options.take_switch("strict")?;
+    let workers = options.take_number("workers", WORKERS)?;
     let node = options.take_number("node", 0..=u64::from(topology.nodes - 1))?;
     let slot = options.take_with("slot", "root or port", |slot| match slot {
         "root" => Some(Slot::Root),
@@ -267,7 +270,7 @@ fn mana(
         ..defaults
     };
     let (slot, strict) = (slot.unwrap_or(Slot::Port), strict.unwrap_or(false));
-    Ok(ManaNic { device, netdevs: ids, node, slot, strict })
+    Ok(ManaNic { device, netdevs: ids, node, slot, workers, strict })
 }
 
 /// A new peer with the first id of the form `peerN` that is free.
