@@ -137,8 +137,12 @@ pub struct BootArgs {
     #[allow(rustdoc::broken_intra_doc_links, reason = "the brackets of the help are no links")]
     /// Network device: mana[,netdev=ID]...[,mac=][,mtu=][,max-msix=][,msix-table=][,max-queues=][,node=]
     /// [,slot=root|port][,workers=][,rdma=on|off][,strict=on|off]; one vPort for each netdev, a peer if there is none.
-    #[arg(long, value_name = "mana[,KEY=VALUE]...")]
+    /// Or virtio-net[,netdev=ID][,mac=][,mtu=][,workers=].
+    #[arg(long, value_name = "mana|virtio-net[,KEY=VALUE]...")]
     device: Vec<String>,
+    /// File or block device as a virtio-blk disk: FILE[,readonly=on|off].
+    #[arg(long, value_name = "FILE")]
+    disk: Vec<String>,
     /// Write the device's events to this file (JSON lines; `mana-vmm trace` reads it).
     #[arg(long, value_name = "FILE")]
     trace: Option<PathBuf>,
@@ -162,8 +166,10 @@ impl BootArgs {
         let topology = options::cpus(&self.cpus)?;
         let memory = options::memory(&self.memory, &topology)?;
         let mut netdevs = options::netdevs(&self.netdev)?;
-        let nics = options::devices(&self.device, &mut netdevs, &topology)?;
+        let (nics, virtio_nics) = options::devices(&self.device, &mut netdevs, &topology)?;
         options::pcaps(&self.pcap, &mut netdevs)?;
+        let disks = options::disks(&self.disk)?;
+        disks.iter().try_for_each(|disk| guest::must_exist("--disk", Some(&disk.path)))?;
         let guest = guest::find(self.guest.as_deref(), self.kernel, self.modules)?;
         for (option, path) in [("--initrd", &self.initrd), ("--driver", &self.driver)] {
             guest::must_exist(option, path.as_deref())?;
@@ -184,6 +190,8 @@ impl BootArgs {
             },
             netdevs,
             nics,
+            virtio_nics,
+            disks,
             trace: self.trace,
             console: self.console,
             timeout: self.timeout.map(Duration::from_secs),
@@ -286,7 +294,15 @@ mod tests {
             (vec!["--netdev=loopback,id=a,peer=b", "--netdev=loopback,id=c,peer=b"], "a peer of its own"),
             (vec!["--netdev=switch,id=a,name=s,path=/tmp/s"], "path= names the switch"),
             (vec!["--netdev=switch,id=a,ports=3"], "there is no `ports`"),
-            (vec!["--device=virtio-net"], "--device"),
+            (vec!["--device=e1000"], "neither mana nor virtio-net"),
+            (vec!["--device=virtio-net,netdev=n9"], "no --netdev with id=n9"),
+            (vec!["--device=virtio-net,max-msix=3"], "there is no `max-msix`"),
+            (
+                vec!["--netdev=peer,id=a", "--device=virtio-net,netdev=a", "--device=mana,netdev=a"],
+                "one port only",
+            ),
+            (vec!["--disk=/nowhere"], "--disk: /nowhere"),
+            (vec!["--disk=/dev/null,cache=none"], "there is no `cache`"),
             (vec!["--device=mana,netdev=n9"], "--device"),
             (vec!["--netdev=peer,id=a", "--device=mana,netdev=a", "--device=mana,netdev=a"], "--device"),
             (vec!["--device=mana,mac=01:00:00:00:00:00"], "--device"),

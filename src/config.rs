@@ -105,6 +105,28 @@ pub struct ManaNic {
     pub strict: bool,
 }
 
+/// One `--device virtio-net`.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct VirtioNic {
+    /// The netdev's id.
+    pub netdev: String,
+    /// MAC address in transmission order.
+    pub mac: [u8; 6],
+    /// Largest IP packet, bytes.
+    pub mtu: u16,
+    /// Threads that run the queues; as many as are of use if not given.
+    pub workers: Option<u16>,
+}
+
+/// One `--disk`.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct DiskConfig {
+    /// The file or block device.
+    pub path: PathBuf,
+    /// The guest may not write.
+    pub read_only: bool,
+}
+
 /// A whole virtual machine: `mana-vmm boot`.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct VmConfig {
@@ -130,6 +152,10 @@ pub struct VmConfig {
     pub netdevs: Vec<Netdev>,
     /// MANA functions.
     pub nics: Vec<ManaNic>,
+    /// virtio NICs.
+    pub virtio_nics: Vec<VirtioNic>,
+    /// Disks.
+    pub disks: Vec<DiskConfig>,
     /// Trace file (JSON lines).
     pub trace: Option<PathBuf>,
     /// Guest console goes here instead of the terminal.

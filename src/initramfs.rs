@@ -21,7 +21,7 @@ use object::Endianness;
 use object::read::elf::{ElfFile64, ProgramHeader};
 use serde_json::json;
 
-use crate::config::{ManaNic, NetdevKind, VmConfig};
+use crate::config::{NetdevKind, VmConfig};
 use crate::cpio::Archive;
 use modules::{Module, ModuleFolder};
 
@@ -67,7 +67,7 @@ pub fn build(config: &VmConfig) -> Result<Vec<u8>> {
     }
     let useful: Vec<&str> = USEFUL.into_iter().filter(|name| kernel.contains(name)).collect();
     let driver = driver_modules(config, &kernel)?;
-    let loaded = kernel.closure(&[useful.as_slice(), &driver].concat())?;
+    let loaded = kernel.closure(&[useful.as_slice(), &virtio_modules(config), &driver].concat())?;
     let (first, driver) = split_at_driver(&loaded);
 
     let mut archive = Archive::new(Vec::new());
@@ -95,8 +95,8 @@ pub fn build(config: &VmConfig) -> Result<Vec<u8>> {
     let orders = json!({
         "modules": first.iter().map(path).collect::<Vec<_>>(),
         "driver": driver.iter().map(path).collect::<Vec<_>>(),
-        "ports": config.nics.iter().map(|nic| nic.device.vports.len()).sum::<usize>(),
-        "dhcp": config.nics.iter().any(|nic| has_peer(config, nic)),
+        "ports": config.nics.iter().map(|nic| nic.device.vports.len()).sum::<usize>() + config.virtio_nics.len(),
+        "dhcp": has_peer(config),
         "exec": config.exec,
     });
     archive.file("/etc/mana-agent.conf", 0o644, orders.to_string().as_bytes())?;
@@ -119,16 +119,24 @@ fn driver_modules(config: &VmConfig, kernel: &ModuleFolder) -> Result<Vec<&'stat
     Ok(if rdma && kernel.contains("mana_ib") { vec!["mana", "mana_ib"] } else { vec!["mana"] })
 }
 
+/// Names of the modules for virtio devices; what the kernel has built in is left out later.
+fn virtio_modules(config: &VmConfig) -> Vec<&'static str> {
+    let kinds = [(!config.disks.is_empty(), "virtio_blk"), (!config.virtio_nics.is_empty(), "virtio_net")];
+    let drivers: Vec<_> = kinds.into_iter().filter(|(wanted, _)| *wanted).map(|(_, name)| name).collect();
+    if drivers.is_empty() { drivers } else { [vec!["virtio_pci"], drivers].concat() }
+}
+
 /// The modules that come before `mana` and can be loaded unseen, and the rest.
 fn split_at_driver(loaded: &[Module]) -> (&[Module], &[Module]) {
     let at = loaded.iter().position(|module| module.name == "mana").unwrap_or(loaded.len());
     loaded.split_at(at)
 }
 
-fn has_peer(config: &VmConfig, nic: &ManaNic) -> bool {
-    let is_peer =
-        |id: &String| config.netdevs.iter().any(|netdev| netdev.id == *id && netdev.kind == NetdevKind::Peer);
-    nic.netdevs.iter().any(is_peer)
+/// Does any port have somebody to ask for an address?
+fn has_peer(config: &VmConfig) -> bool {
+    let plugged = config.nics.iter().flat_map(|nic| &nic.netdevs);
+    let mut plugged = plugged.chain(config.virtio_nics.iter().map(|nic| &nic.netdev));
+    plugged.any(|id| config.netdevs.iter().any(|netdev| netdev.id == *id && netdev.kind == NetdevKind::Peer))
 }
 
 fn file_name(module: &Module) -> String {

@@ -27,5 +27,7 @@ pub mod stop;
 pub mod topology;
 pub mod trace;
 pub mod vcpu;
+pub mod virtio;
 pub mod vm;
+pub mod volatile_io;
 pub mod workers;

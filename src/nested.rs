@@ -18,10 +18,10 @@ use std::sync::{Arc, Mutex};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, ensure};
 use thiserror::Error;
 
-use crate::config::VmConfig;
+use crate::config::{DiskConfig, VmConfig};
 use crate::initramfs::modules::ModuleFolder;
 use emulator::{Emulator, Machine};
 use job::{Parcel, Task};
@@ -136,7 +136,10 @@ struct Level1 {
 impl Level1 {
     fn start(parcels: &[Parcel]) -> Result<Self> {
         let emulator = Emulator::find()?;
-        let modules = ModuleFolder::open(&emulator.modules)?.closure(&["kvm_amd"])?;
+        let disks = common_disks(parcels)?;
+        let wanted: &[&str] =
+            if disks.is_empty() { &["kvm_amd"] } else { &["virtio_pci", "virtio_blk", "kvm_amd"] };
+        let modules = ModuleFolder::open(&emulator.modules)?.closure(wanted)?;
         let initramfs =
             tempfile::tempfile().context("can't make a temporary file for level 1's initramfs")?;
         job::pack(initramfs.try_clone()?, &modules, parcels)?;
@@ -145,7 +148,7 @@ impl Level1 {
             Task::Command { memory, .. } => *memory,
             Task::Probe => 0,
         });
-        let mut machine = emulator.start(&initramfs, memory.max().unwrap_or_default())?;
+        let mut machine = emulator.start(&initramfs, memory.max().unwrap_or_default(), disks)?;
         let (orders, from) = machine.take_link()?;
         let (tell, reports) = mpsc::sync_channel(64);
         thread::spawn(move || {
@@ -245,6 +248,16 @@ impl Level1 {
             while matches!(self.next(Some(deadline)), Ok(Some(_))) {}
         }
     }
+}
+
+/// The disks of level 1, which all jobs must share: their names go by their order.
+fn common_disks(parcels: &[Parcel]) -> Result<&[DiskConfig]> {
+    let disks = parcels.first().map_or(&[][..], |parcel| &parcel.disks);
+    ensure!(
+        parcels.iter().all(|parcel| parcel.disks == disks),
+        "--disk: machines that share a nested run need the same"
+    );
+    Ok(disks)
 }
 
 fn lock(orders: &Mutex<ChildStdin>) -> std::sync::MutexGuard<'_, ChildStdin> {

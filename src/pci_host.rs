@@ -10,7 +10,7 @@
 //! one's place at once: the path to a BAR takes no lock.
 
 mod bar_map;
-mod config_space;
+pub mod config_space;
 mod firmware;
 mod function;
 pub mod plan;

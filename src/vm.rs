@@ -12,13 +12,13 @@ use event_manager::SubscriberOps;
 use kvm_bindings::KVM_MAX_CPUID_ENTRIES;
 use kvm_ioctls::{Kvm, VmFd};
 use mana_device::doors::Clock;
-use vm_memory::GuestMemoryMmap;
+use vm_memory::{GuestMemoryAtomic, GuestMemoryMmap};
 
 use crate::acpi::{self, Platform};
 use crate::boot::{self, BootSource};
 use crate::bus::Bus;
 use crate::clock::MonotonicClock;
-use crate::config::VmConfig;
+use crate::config::{Slot, VmConfig};
 use crate::events::{EventLoop, Signals, StopListener, Timeout};
 use crate::irq::{self, IrqLine, LevelLine};
 use crate::legacy::{
@@ -31,7 +31,7 @@ use crate::pci_host::{PciFunction, PciHost};
 use crate::stop::{EXEC_FAILED, Outcome, Stop};
 use crate::trace::TraceFile;
 use crate::vcpu::{Vcpu, Vcpus};
-use crate::{initramfs, layout, memory, topology};
+use crate::{initramfs, layout, memory, topology, virtio};
 
 /// Run the machine until it ends for good, and say how.
 ///
@@ -113,6 +113,7 @@ struct Machine {
     events: EventLoop,
     vcpus: Vec<Vcpu>,
     nics: Vec<Nic>,
+    virtio: Vec<virtio::Running>,
     bus: Arc<Bus>,
     agent: Arc<AgentPort>,
     console: Arc<Console>,
@@ -151,7 +152,14 @@ impl Machine {
         };
         let nics = config.nics.iter().enumerate().map(|(index, nic)| Nic::start(nic, index, &around));
         let nics = nics.collect::<anyhow::Result<Vec<_>>>()?;
-        let pci = add_pci(config, &mut bus, &nics)?;
+        let around = virtio::Surroundings {
+            vm: &vm,
+            memory: &GuestMemoryAtomic::new(memory.clone()),
+            clock: &outside.clock,
+            cables: &cables,
+        };
+        let virtio = virtio::Running::start_all(config, &around)?;
+        let pci = add_pci(config, &mut bus, &nics, &virtio)?;
         let ram = layout::numa_ram(config.memory, &config.topology);
         let rsdp = acpi::write(
             &memory,
@@ -165,7 +173,7 @@ impl Machine {
         let entry = boot::load(&memory, &source)?;
         vcpus.first().context("--cpus: there must be one")?.set_entry(&entry)?;
         let (bus, clock) = (Arc::new(bus), outside.clock.clone());
-        Ok(Self { events, vcpus, nics, bus, agent, console, stop, clock, _vm: vm, _memory: memory })
+        Ok(Self { events, vcpus, nics, virtio, bus, agent, console, stop, clock, _vm: vm, _memory: memory })
     }
 
     /// Run until something ends it; the answer is what, and the status of the `--exec` command.
@@ -181,6 +189,7 @@ impl Machine {
         log::info!("{} ms: {outcome:?}", self.clock.now_ns() / 1_000_000);
         drop(vcpus);
         self.nics.into_iter().try_for_each(Nic::finish)?;
+        self.virtio.into_iter().try_for_each(virtio::Running::finish)?;
         self.console.flush();
         // An oopsed guest may get as far as powering off.
         let outcome = match (outcome, self.console.trouble()) {
@@ -232,11 +241,19 @@ fn add_endings(events: &mut EventLoop, outside: &Outside, stop: &Arc<Stop>) -> a
 }
 
 /// The PCI host bridges with all functions plugged in.
-fn add_pci(config: &VmConfig, bus: &mut Bus, nics: &[Nic]) -> anyhow::Result<Arc<PciHost>> {
+fn add_pci(
+    config: &VmConfig,
+    bus: &mut Bus,
+    nics: &[Nic],
+    virtio: &[virtio::Running],
+) -> anyhow::Result<Arc<PciHost>> {
     let functions = config.nics.iter().zip(nics).map(|(nic, running)| {
         let function: Arc<dyn PciFunction> = running.device().clone();
         (Wish { node: nic.node, slot: nic.slot }, function)
     });
+    // On the root bus of no node, where they take no slot from anybody.
+    let virtio = virtio.iter().map(|device| (Wish { node: None, slot: Slot::Root }, device.function()));
+    let functions = functions.chain(virtio);
     let pci = Arc::new(PciHost::new(&layout::mmio64(config.memory), functions.collect())?);
     for range in pci.mmio_ranges() {
         bus.add_mmio(range, pci.clone())?;

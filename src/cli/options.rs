@@ -1,14 +1,17 @@
-//! The values of `--cpus`, `--memory`, `--netdev`, `--device` and `--pcap`.
+//! The values of `--cpus`, `--memory`, `--netdev`, `--device`, `--disk` and `--pcap`.
 
 use std::collections::HashSet;
 use std::path::PathBuf;
 
 use mana_device::config::{DeviceConfig, MAX_QUEUES_PER_VPORT, MAX_VPORTS, MSIX_TABLE_SIZES, VportConfig};
 
-use crate::config::{ManaNic, Netdev, NetdevKind, Slot, Topology};
+use crate::config::{DiskConfig, ManaNic, Netdev, NetdevKind, Slot, Topology, VirtioNic};
 use crate::keyval::{KeyValues, OptionError};
 
 const NETDEV: &str = "--netdev";
+const DEVICE: &str = "--device";
+/// Linux names as many with one letter, and nested runs pass them on by these names.
+const MAX_DISKS: usize = 16;
 /// More would need APIC ids above 254, hence x2APIC and interrupt remapping.
 const MAX_CPUS: u64 = 254;
 /// Guest RAM is dealt out to nodes in pieces of this size.
@@ -195,46 +198,92 @@ pub(super) fn devices(
     texts: &[String],
     netdevs: &mut Vec<Netdev>,
     topology: &Topology,
-) -> Result<Vec<ManaNic>, OptionError> {
+) -> Result<(Vec<ManaNic>, Vec<VirtioNic>), OptionError> {
     let mut next_mac = FIRST_MAC;
-    let mut nics = Vec::new();
+    let (mut nics, mut virtio_nics) = (Vec::new(), Vec::new());
     for text in texts {
-        nics.push(mana(text, netdevs, topology, &mut next_mac)?);
+        let mut options = KeyValues::parse(DEVICE, "driver", text)?;
+        match options.take("driver")?.as_deref() {
+            Some("mana") => nics.push(mana(options, netdevs, topology, &mut next_mac)?),
+            Some("virtio-net") => virtio_nics.push(virtio_net(options, netdevs, &mut next_mac)?),
+            _ => return Err(OptionError::new(DEVICE, format!("`{text}` is neither mana nor virtio-net"))),
+        }
     }
     let mut plugged = HashSet::new();
-    for id in nics.iter().flat_map(|nic| &nic.netdevs) {
+    let of_virtio = virtio_nics.iter().map(|nic| &nic.netdev);
+    for id in nics.iter().flat_map(|nic| &nic.netdevs).chain(of_virtio) {
         if !plugged.insert(id) {
-            return Err(OptionError::new(
-                "--device",
-                format!("netdev `{id}` can be plugged into one port only"),
-            ));
+            return Err(OptionError::new(DEVICE, format!("netdev `{id}` can be plugged into one port only")));
         }
     }
     for netdev in netdevs.iter().filter(|netdev| !plugged.contains(&netdev.id)) {
         log::warn!("--netdev {}: no --device uses it", netdev.id);
     }
-    Ok(nics)
+    Ok((nics, virtio_nics))
+}
+
+/// `--disk`, all of them: QEMU's `-drive`, as far as it goes.
+pub(super) fn disks(texts: &[String]) -> Result<Vec<DiskConfig>, OptionError> {
+    const OPTION: &str = "--disk";
+    let mut disks = Vec::new();
+    for text in texts {
+        let mut options = KeyValues::parse(OPTION, "file", text)?;
+        let path = options
+            .take("file")?
+            .ok_or_else(|| OptionError::new(OPTION, format!("`{text}` names no file")))?;
+        let read_only = options.take_switch("readonly")?.unwrap_or(false);
+        options.finish()?;
+        disks.push(DiskConfig { path: path.into(), read_only });
+    }
+    if disks.len() > MAX_DISKS {
+        return Err(OptionError::new(OPTION, format!("{} disks are more than {MAX_DISKS}", disks.len())));
+    }
+    Ok(disks)
+}
+
+fn virtio_net(
+    mut options: KeyValues,
+    netdevs: &mut Vec<Netdev>,
+    next_mac: &mut u64,
+) -> Result<VirtioNic, OptionError> {
+    let mac = take_mac(&mut options)?;
+    let mtu = options.take_number("mtu", MTU)?;
+    let workers = options.take_number("workers", WORKERS)?;
+    let netdev = options.take("netdev")?;
+    options.finish()?;
+    if let Some(id) = netdev.as_ref().filter(|id| netdevs.iter().all(|netdev| netdev.id != **id)) {
+        return Err(no_netdev(id));
+    }
+    *next_mac = mac.unwrap_or(*next_mac);
+    Ok(VirtioNic {
+        netdev: netdev.unwrap_or_else(|| add_peer(netdevs)),
+        mac: mac_bytes(std::mem::replace(next_mac, *next_mac + 1)),
+        mtu: mtu.unwrap_or(DeviceConfig::default().mtu),
+        workers,
+    })
+}
+
+fn take_mac(options: &mut KeyValues) -> Result<Option<u64>, OptionError> {
+    options.take_with("mac", "a unicast address such as 52:54:00:12:34:56", unicast_mac)
+}
+
+fn no_netdev(id: &str) -> OptionError {
+    OptionError::new(DEVICE, format!("there is no --netdev with id={id}"))
 }
 
 fn mana(
-    text: &str,
+    mut options: KeyValues,
     netdevs: &mut Vec<Netdev>,
     topology: &Topology,
     next_mac: &mut u64,
 ) -> Result<ManaNic, OptionError> {
-    const OPTION: &str = "--device";
-    let mut options = KeyValues::parse(OPTION, "driver", text)?;
-    match options.take("driver")?.as_deref() {
-        Some("mana") => {}
-        _ => return Err(OptionError::new(OPTION, format!("`{text}`: the only device there is, is mana"))),
-    }
     let defaults = DeviceConfig::default();
     let table_sizes = u64::from(*MSIX_TABLE_SIZES.start())..=u64::from(*MSIX_TABLE_SIZES.end());
     let max_msix = options.take_number("max-msix", table_sizes.clone())?;
     let msix_table_size = options.take_number("msix-table", table_sizes)?;
     let max_queues = options.take_number("max-queues", 1..=u64::from(MAX_QUEUES_PER_VPORT))?;
     let mtu = options.take_number("mtu", MTU)?;
-    let mac = options.take_with("mac", "a unicast address such as 52:54:00:12:34:56", unicast_mac)?;
+    let mac = take_mac(&mut options)?;
     let rdma = options.take_switch("rdma")?;
     let strict = options.take_switch("strict")?;
     let workers = options.take_number("workers", WORKERS)?;
@@ -248,10 +297,10 @@ fn mana(
     options.finish()?;
 
     if let Some(id) = ids.iter().find(|id| netdevs.iter().all(|netdev| netdev.id != **id)) {
-        return Err(OptionError::new(OPTION, format!("there is no --netdev with id={id}")));
+        return Err(no_netdev(id));
     }
     if ids.len() > MAX_VPORTS {
-        return Err(OptionError::new(OPTION, format!("{} netdevs are more than {MAX_VPORTS}", ids.len())));
+        return Err(OptionError::new(DEVICE, format!("{} netdevs are more than {MAX_VPORTS}", ids.len())));
     }
     if ids.is_empty() {
         ids.push(add_peer(netdevs));
@@ -361,7 +410,7 @@ mod tests {
     fn addresses_count_up_over_ports_and_devices() {
         let texts = ["mana".to_owned(), "mana,mac=02:00:00:00:00:ff".to_owned(), "mana".to_owned()];
         let mut cables = Vec::new();
-        let nics = devices(&texts, &mut cables, &cpus("1").unwrap()).unwrap();
+        let (nics, _) = devices(&texts, &mut cables, &cpus("1").unwrap()).unwrap();
         let macs: Vec<u8> = nics.iter().map(|nic| nic.device.vports[0].mac[5]).collect();
         assert_eq!(macs, [0x56, 0xff, 0x00]);
         assert_eq!(cables.len(), 3);

@@ -14,6 +14,7 @@ use anyhow::{Context, Result};
 use rustix::process::{Signal, getppid, set_parent_process_death_signal};
 
 use super::Trouble;
+use crate::config::DiskConfig;
 use crate::places;
 
 /// The program.
@@ -71,11 +72,11 @@ impl Emulator {
         Ok(Self { program, version, kernel, modules })
     }
 
-    /// Starts a machine for guests of `memory` bytes.
+    /// Starts a machine for guests of `memory` bytes, with `disks` as /dev/vda and so on.
     ///
     /// # Errors
     /// When QEMU can't be started.
-    pub fn start(&self, initramfs: &File, memory: u64) -> Result<Machine> {
+    pub fn start(&self, initramfs: &File, memory: u64, disks: &[DiskConfig]) -> Result<Machine> {
         let size = initramfs.metadata().context("can't tell the initramfs's size")?.len();
         let megabytes = (memory + OVERHEAD + 2 * size).div_ceil(1 << 20);
         // The file has no name; here it has one for as long as we live.
@@ -93,6 +94,17 @@ impl Emulator {
             .stdin(Stdio::piped())
             .stdout(Stdio::piped())
             .stderr(Stdio::piped());
+        for (index, disk) in disks.iter().enumerate() {
+            // In QEMU's lists a comma stands for itself if it is doubled.
+            let path = disk
+                .path
+                .to_str()
+                .context("--disk: a nested run needs file names in UTF-8")?
+                .replace(',', ",,");
+            let read_only = if disk.read_only { "on" } else { "off" };
+            let drive = format!("file={path},if=none,id=disk{index},format=raw,readonly={read_only}");
+            command.args(["-drive", &drive, "-device", &format!("virtio-blk-pci,drive=disk{index}")]);
+        }
         die_with_parent(&mut command);
         let mut child = command.spawn().with_context(|| format!("can't start {}", self.program.display()))?;
         let stderr = child.stderr.take().context("QEMU has no standard error")?;

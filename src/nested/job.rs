@@ -14,7 +14,7 @@ use object::Endianness;
 use object::read::elf::{ElfFile64, ProgramHeader};
 use serde::{Deserialize, Serialize};
 
-use crate::config::{Accel, Netdev, NetdevKind, VmConfig};
+use crate::config::{Accel, DiskConfig, Netdev, NetdevKind, VmConfig};
 use crate::cpio::Archive;
 use crate::initramfs;
 use crate::initramfs::modules::Module;
@@ -73,6 +73,9 @@ pub struct Parcel {
     inputs: Vec<(PathBuf, PathBuf)>,
     /// Files that go along and exist only there.
     made: Vec<(String, Vec<u8>)>,
+    /// Disks of this machine that the job's machine has, in the order of their names there, and whether they are only
+    /// read.
+    pub disks: Vec<DiskConfig>,
     /// Files of this machine for the job's outputs, in the order of [`Job::outputs`], each with the option it is of.
     pub files: Vec<(&'static str, PathBuf)>,
 }
@@ -81,7 +84,7 @@ impl Parcel {
     /// Does level 1 run guests at all?
     pub fn probe() -> Self {
         let job = Job { task: Task::Probe, outputs: Vec::new(), terminal: false, log: None };
-        Self { job, inputs: Vec::new(), made: Vec::new(), files: Vec::new() }
+        Self { job, inputs: Vec::new(), made: Vec::new(), disks: Vec::new(), files: Vec::new() }
     }
 
     /// The boot of `config`, as job number `index` of a level 1.
@@ -116,6 +119,10 @@ impl Parcel {
                 parcel.job.outputs.push(there.clone());
                 *file = Some(there);
             }
+        }
+        for (letter, disk) in ('a'..).zip(&mut config.disks) {
+            parcel.disks.push(disk.clone());
+            disk.path = format!("/dev/vd{letter}").into();
         }
         parcel.job.task = Task::Boot(Box::new(config));
         parcel.job.terminal = terminal;

@@ -139,6 +139,17 @@ impl Outlet {
         }
     }
 
+    /// Finish all frames of `batch` and hand them to `put` one by one, as a sender of frames wants them.
+    pub fn hand_over_mut(&mut self, batch: &mut Batch, put: &mut dyn FnMut(&mut [u8])) {
+        self.made.clear();
+        self.ready.clear();
+        (0..batch.len()).for_each(|index| self.finish(batch, index));
+        for Ready { made, entry } in &self.ready {
+            let from = if *made { &mut self.made } else { &mut *batch };
+            put(&mut from.bytes[entry.start..entry.start + entry.len]);
+        }
+    }
+
     fn frame<'a>(&'a self, batch: &'a Batch, ready: &Ready) -> Frame<'a> {
         let Ready { made, entry } = ready;
         let bytes = if *made { self.made.bytes_of(entry) } else { batch.bytes_of(entry) };
@@ -205,7 +216,7 @@ impl Outlet {
 }
 
 #[cfg(test)]
-pub mod tests {
+pub(super) mod tests {
     use mana_device::doors::{PartialChecksum, Segmentation};
 
     use super::super::tests::with_frame;
@@ -236,9 +247,11 @@ pub mod tests {
         sum().add_bytes(&frame[14..34]).is_valid() && pseudo.add_bytes(tcp).is_valid()
     }
 
+    /// A TCP checksum of [`partial_tcp4`] to make.
     pub const PARTIAL: TxOffload =
         TxOffload { checksum: Some(PartialChecksum { start: 34, offset: 16 }), segmentation: None };
 
+    /// Segments of `mss` bytes to make of [`partial_tcp4`].
     pub fn cut_at(mss: u16) -> TxOffload {
         TxOffload { segmentation: Some(Segmentation { mss, header_len: 54, ipv6: false }), ..PARTIAL }
     }

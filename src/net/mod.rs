@@ -15,7 +15,7 @@
 //! | [`Loopback`], [`SwitchPort`] | other ports | stay unfinished until a taker wants them finished |
 //! | [`Null`] | nothing | ignored |
 
-mod batch;
+pub mod batch;
 mod exchange;
 mod frame;
 mod framing;
@@ -49,7 +49,7 @@ pub use switch::SwitchPort;
 pub use tap::Tap;
 
 /// Bytes of an Ethernet header and one VLAN tag: a frame is at most this much longer than the MTU.
-const FRAME_OVERHEAD: usize = 14 + 4;
+pub const FRAME_OVERHEAD: usize = 14 + 4;
 
 /// Tells the owner of a cable that [`Cable::poll`] is due.
 pub type Kick = Box<dyn Fn() + Send + Sync>;

@@ -23,13 +23,12 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use anyhow::{Context, anyhow, bail};
 use mana_device::doors::{Port, PortCapabilities, PortDropped, TxFrame};
-use vm_memory::VolatileSlice;
 use zerocopy::{FromBytes, IntoBytes};
 
 use super::batch::{Batch, Outlet};
 use super::vnet::VnetHeader;
 use super::{Accepts, Cable, Deliver, FRAME_OVERHEAD, Polled};
-use crate::log_limited;
+use crate::{log_limited, volatile_io};
 
 /// Frames read before they are handed on.
 const BATCH: usize = 64;
@@ -37,8 +36,6 @@ const BATCH: usize = 64;
 const BATCH_BYTES: usize = 256 << 10;
 /// Longest frame from the kernel: a super-frame's IP packet and the Ethernet header.
 const MAX_SUPER_FRAME: usize = 65_535 + FRAME_OVERHEAD;
-/// Most pieces of one frame: a MANA WQE holds fewer than this (`MAX_TX_WQE_SGL_ENTRIES`, gdma.h: 30).
-const MAX_PIECES: usize = 64;
 const HEADER: usize = size_of::<VnetHeader>();
 
 /// linux/if_tun.h.
@@ -122,7 +119,8 @@ impl Port for Tap {
     }
 
     fn send(&self, frame: &TxFrame<'_>) -> Result<(), PortDropped> {
-        match write_pieces(&self.file, VnetHeader::new(&frame.offload, false), frame.slices) {
+        let mut header = VnetHeader::new(&frame.offload, false);
+        match volatile_io::write(&self.file, header.as_mut_bytes(), frame.slices) {
             Ok(written) if written == HEADER + frame.len => Ok(()),
             _ => Err(PortDropped),
         }
@@ -214,23 +212,6 @@ fn bring_up(mut request: libc::ifreq) -> io::Result<()> {
         0 => Ok(()),
         _ => Err(io::Error::last_os_error()),
     }
-}
-
-/// One frame out of guest memory into `file`, behind its header; the answer is the bytes taken.
-fn write_pieces(file: &File, mut header: VnetHeader, slices: &[VolatileSlice<'_>]) -> io::Result<usize> {
-    if slices.len() > MAX_PIECES {
-        return Err(ErrorKind::InvalidInput.into());
-    }
-    let mut pieces = [libc::iovec { iov_base: std::ptr::null_mut(), iov_len: 0 }; 1 + MAX_PIECES];
-    let (first, rest) = pieces.split_at_mut(1);
-    first[0] = libc::iovec { iov_base: header.as_mut_bytes().as_mut_ptr().cast(), iov_len: HEADER };
-    for (piece, slice) in rest.iter_mut().zip(slices) {
-        *piece = libc::iovec { iov_base: slice.ptr_guard().as_ptr().cast_mut().cast(), iov_len: slice.len() };
-    }
-    // SAFETY: the first piece is `header`, every other a VolatileSlice, which is readable memory for as long as
-    // `slices` is borrowed; that the guest may write it meanwhile is as harmless to the kernel as any shared mapping.
-    let written = unsafe { libc::writev(file.as_raw_fd(), pieces.as_ptr(), 1 + slices.len() as libc::c_int) };
-    usize::try_from(written).map_err(|_| io::Error::last_os_error())
 }
 
 fn explain_open(error: &io::Error) -> String {

@@ -1,4 +1,4 @@
-//! Configuration registers of the functions that belong to the host: bridges and root ports.
+//! Configuration registers of the functions that belong to the host (bridges, root ports) and of virtio's.
 
 /// Bytes of registers and capabilities; the extended space behind them is empty.
 const SIZE: usize = 256;
@@ -8,6 +8,12 @@ const SIZE: usize = 256;
 pub struct ConfigSpace {
     values: [u8; SIZE],
     writable: [u8; SIZE],
+}
+
+impl Default for ConfigSpace {
+    fn default() -> Self {
+        Self::new()
+    }
 }
 
 impl ConfigSpace {

@@ -106,7 +106,7 @@ fn start_driver(orders: &Orders) {
     for function in function::all() {
         channel::log("probe", function.describe());
     }
-    for interface in net::mana_interfaces() {
+    for interface in net::mana_interfaces().into_iter().chain(net::other_interfaces()) {
         let result = net::bring_up(&interface, orders.dhcp);
         let mut report = net::describe(&interface);
         if let Err(error) = result {

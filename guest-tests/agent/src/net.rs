@@ -43,9 +43,19 @@ pub fn mana_interfaces() -> Vec<String> {
     function::all().iter().flat_map(function::Function::interfaces).collect()
 }
 
-/// The only MANA interface, or the one that is named.
+/// Interfaces of all other devices.
+pub fn other_interfaces() -> Vec<String> {
+    let folder = Path::new("/sys/class/net");
+    let mana = mana_interfaces();
+    let mut names = names_in(folder);
+    names.retain(|name| folder.join(name).join("device").exists() && !mana.contains(name));
+    names
+}
+
+/// The one that is named, else the first MANA interface, else the first of another device.
 pub fn choose(name: Option<String>) -> Result<String> {
-    name.or_else(|| mana_interfaces().into_iter().next()).context("there is no MANA interface")
+    let first = || mana_interfaces().into_iter().chain(other_interfaces()).next();
+    name.or_else(first).context("there is no network interface")
 }
 
 fn attribute(interface: &str, name: &str) -> String {
