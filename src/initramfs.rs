@@ -33,7 +33,8 @@ const USEFUL: [&str; 3] = ["af_packet", "pvpanic_mmio", "rtc_cmos"];
 const APPLETS: [&str; 6] = ["sh", "modprobe", "rmmod", "udhcpc", "ip", "ping"];
 
 /// Commands of the agent.
-const VERBS: [&str; 17] = [
+const VERBS: [&str; 18] = [
+    "bench-net",
     "bind",
     "dhcp",
     "echo-tcp",

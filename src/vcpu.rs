@@ -1,6 +1,7 @@
 //! vCPUs: one thread each, which runs guest code and hands its accesses to the bus.
 
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
@@ -16,11 +17,34 @@ use crate::stop::{Outcome, Stop};
 /// A CPU that was between two runs when it was kicked is kicked again after this long.
 const KICK_INTERVAL: Duration = Duration::from_millis(2);
 
+/// How often each CPU has come out of the guest to us, for others to read while it runs.
+#[derive(Debug)]
+pub struct ExitCounts(Box<[AtomicU64]>);
+
+impl ExitCounts {
+    /// For `cpus` CPUs.
+    pub fn new(cpus: u32) -> Arc<Self> {
+        Arc::new(Self((0..cpus).map(|_| AtomicU64::new(0)).collect()))
+    }
+
+    /// All CPUs' together.
+    pub fn sum(&self) -> u64 {
+        self.0.iter().map(|count| count.load(Ordering::Relaxed)).sum()
+    }
+
+    fn bump(&self, cpu: u32) {
+        if let Some(count) = self.0.get(cpu as usize) {
+            count.fetch_add(1, Ordering::Relaxed);
+        }
+    }
+}
+
 /// A CPU that has not run yet.
 pub struct Vcpu {
     index: u32,
     fd: VcpuFd,
     exits: Exits,
+    counts: Arc<ExitCounts>,
 }
 
 /// How often a CPU came out of the guest, and what for: each time costs as much as thousands of its instructions.
@@ -47,16 +71,22 @@ impl Exits {
 }
 
 impl Vcpu {
-    /// CPU number `index`, which the guest identifies by `cpuid`.
+    /// CPU number `index`, which the guest identifies by `cpuid`, and whose exits `counts` counts.
     ///
     /// # Errors
     /// KVM refuses the CPU, e.g. because there are too many.
-    pub fn new(vm: &VmFd, index: u32, apic_id: u32, cpuid: &CpuId) -> anyhow::Result<Self> {
+    pub fn new(
+        vm: &VmFd,
+        index: u32,
+        apic_id: u32,
+        cpuid: &CpuId,
+        counts: &Arc<ExitCounts>,
+    ) -> anyhow::Result<Self> {
         let fd =
             vm.create_vcpu(u64::from(apic_id)).with_context(|| format!("KVM_CREATE_VCPU for CPU {index}"))?;
         fd.set_cpuid2(cpuid).with_context(|| format!("KVM_SET_CPUID2 for CPU {index}"))?;
         boot::set_msrs(&fd)?;
-        Ok(Self { index, fd, exits: Exits::default() })
+        Ok(Self { index, fd, exits: Exits::default(), counts: counts.clone() })
     }
 
     /// Let this CPU begin at the kernel's entry point. The others wait for its INIT and SIPI.
@@ -84,6 +114,7 @@ impl Vcpu {
         let index = self.index;
         let exit = self.fd.run();
         self.exits.count(&exit);
+        self.counts.bump(index);
         match exit {
             Ok(VcpuExit::MmioRead(address, data)) => bus.mmio_read(address, data),
             Ok(VcpuExit::MmioWrite(address, data)) => bus.mmio_write(address, data),

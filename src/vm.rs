@@ -30,7 +30,7 @@ use crate::pci_host::plan::Wish;
 use crate::pci_host::{PciFunction, PciHost};
 use crate::stop::{EXEC_FAILED, Outcome, Stop};
 use crate::trace::TraceFile;
-use crate::vcpu::{Vcpu, Vcpus};
+use crate::vcpu::{ExitCounts, Vcpu, Vcpus};
 use crate::{initramfs, layout, memory, topology, virtio};
 
 /// Run the machine until it ends for good, and say how.
@@ -165,7 +165,9 @@ impl Machine {
             &memory,
             &Platform { topology: &config.topology, ram: &ram, bridges: &pci.bridges() },
         )?;
-        let vcpus = create_vcpus(config, &kvm, &vm)?;
+        let exits = ExitCounts::new(config.topology.cpus);
+        agent.set_exits(exits.clone());
+        let vcpus = create_vcpus(config, &kvm, &vm, &exits)?;
         let initrd = initrd(config)?;
         let command_line = command_line(config);
         let source =
@@ -263,14 +265,19 @@ fn add_pci(
 }
 
 /// The CPUs, which see themselves where the topology puts them.
-fn create_vcpus(config: &VmConfig, kvm: &Kvm, vm: &VmFd) -> anyhow::Result<Vec<Vcpu>> {
+fn create_vcpus(
+    config: &VmConfig,
+    kvm: &Kvm,
+    vm: &VmFd,
+    exits: &Arc<ExitCounts>,
+) -> anyhow::Result<Vec<Vcpu>> {
     let most = kvm.get_max_vcpus();
     let cpus = config.topology.cpus;
     ensure!(cpus as usize <= most, "--cpus: this machine's KVM allows {most} CPUs, not {cpus}");
     let supported = kvm.get_supported_cpuid(KVM_MAX_CPUID_ENTRIES).context("KVM_GET_SUPPORTED_CPUID")?;
     let vcpu = |index| {
         let cpuid = topology::cpuid(&supported, &config.topology, index);
-        Vcpu::new(vm, index, topology::apic_id(&config.topology, index), &cpuid)
+        Vcpu::new(vm, index, topology::apic_id(&config.topology, index), &cpuid, exits)
     };
     (0..cpus).map(vcpu).collect()
 }

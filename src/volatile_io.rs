@@ -115,11 +115,11 @@ mod tests {
         let (first, second) = back.split_at_mut(4000);
         let slices = [VolatileSlice::from(first), VolatileSlice::from(second)];
         read_all_at(&file, &slices, 100).unwrap();
-        let mut seen = [vec![0; 4000], vec![0; 1011]];
+        let mut seen = [vec![0_u8; 4000], vec![0; 1011]];
         for (slice, seen) in slices.iter().zip(&mut seen) {
             slice.copy_to(seen.as_mut_slice());
         }
-        assert_eq!(seen.concat(), [vec![1; 10], vec![2; 5000], vec![3; 1]].concat());
+        assert!(seen.concat() == [vec![1; 10], vec![2; 5000], vec![3; 1]].concat(), "not what was written");
         assert_eq!(read_all_at(&file, &slices, 101).unwrap_err().kind(), ErrorKind::UnexpectedEof);
         assert_eq!(read_all_at(&file, &[], 1 << 40).map_err(|error| error.kind()), Ok(()));
         let many = vec![slices[0]; MAX_PIECES + 1];

@@ -1,6 +1,7 @@
 //! One scenario on one guest: `mana-vmm` as a process, as a user would start it, and what came out of it.
 
 use std::fs::{self, File};
+use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
@@ -9,12 +10,14 @@ use anyhow::{Context, Result, bail, ensure};
 
 use crate::guest::Guest;
 use crate::model::{self, Limits, Topology};
-use crate::scenario::{Scenario, Step};
+use crate::scenario::{DiskCheck, Scenario, Step};
 use crate::trace::Trace;
 use crate::{json, transcript};
 
 /// Exit codes of `mana-vmm boot` that tell of the guest's death.
 const GUEST_DIED: [i32; 2] = [2, 3];
+/// Bytes of a disk.
+const DISK_SIZE: u64 = 16 << 20;
 /// How `mana-vmm` begins its sentence when the machine around the guest's died, the guest not being to blame.
 const EMULATOR_DIED: &str = "the emulated machine (level 1)";
 
@@ -88,7 +91,7 @@ impl Job {
             result = self.attempt(settings);
         }
         let problems = match &result {
-            Ok(run) => self.problems(run),
+            Ok(run) => self.problems(run, &self.folder(settings)),
             Err(error) => vec![format!("{error:#}")],
         };
         let verdict = if problems.is_empty() { Verdict::Passed } else { Verdict::Failed(problems) };
@@ -109,6 +112,11 @@ impl Job {
         let folder = self.folder(settings);
         let _ = fs::remove_dir_all(&folder);
         fs::create_dir_all(&folder).with_context(|| folder.display().to_string())?;
+        for (number, text) in self.scenario.machine.disks.iter().enumerate() {
+            let disk = disk_file(&folder, number);
+            fs::write(&disk, text)
+                .and_then(|()| File::options().write(true).open(&disk)?.set_len(DISK_SIZE))?;
+        }
         let arguments = self.arguments(settings, &folder);
         fs::write(folder.join("command"), shell_line(&settings.vmm, &arguments))?;
         let output = |name: &str| File::create(folder.join(name));
@@ -147,6 +155,8 @@ impl Job {
         option("memory", machine.memory.clone());
         machine.netdevs.iter().for_each(|netdev| option("netdev", netdev.clone()));
         machine.devices.iter().for_each(|device| option("device", device.clone()));
+        (0..machine.disks.len())
+            .for_each(|number| option("disk", disk_file(folder, number).display().to_string()));
         if !machine.append.is_empty() {
             option("append", machine.append.clone());
         }
@@ -158,7 +168,7 @@ impl Job {
     }
 
     /// All that was not as expected.
-    fn problems(&self, run: &Run) -> Vec<String> {
+    fn problems(&self, run: &Run, folder: &Path) -> Vec<String> {
         let expect = &self.scenario.expect;
         let mut problems = Vec::new();
         let mut note = |result: Result<()>| problems.extend(result.err().map(|error| format!("{error:#}")));
@@ -183,6 +193,7 @@ impl Job {
             note(run.check_ledger());
         }
         expect.trace.iter().for_each(|check| note(run.trace.check(check)));
+        expect.disk.iter().for_each(|check| note(check_disk(folder, check)));
         problems
     }
 
@@ -219,6 +230,24 @@ impl Job {
         }
         Ok(())
     }
+}
+
+fn disk_file(folder: &Path, number: usize) -> PathBuf {
+    folder.join(format!("disk{number}.img"))
+}
+
+fn check_disk(folder: &Path, check: &DiskCheck) -> Result<()> {
+    let mut found = vec![0; check.holds.len()];
+    File::open(disk_file(folder, check.disk))?.read_exact_at(&mut found, check.offset)?;
+    let found = String::from_utf8_lossy(&found);
+    ensure!(
+        found == check.holds,
+        "disk {} holds {found:?} at {}, not {:?}",
+        check.disk,
+        check.offset,
+        check.holds
+    );
+    Ok(())
 }
 
 /// The scenario's steps, and the look at the log that ends every one.

@@ -60,6 +60,8 @@ pub struct Machine {
     pub devices: Vec<String>,
     /// Each a `--netdev`; a device without one gets a peer.
     pub netdevs: Vec<String>,
+    /// Each a `--disk` of 16 MiB that begins with this text.
+    pub disks: Vec<String>,
     /// `--append`.
     pub append: String,
     /// Seconds.
@@ -73,6 +75,7 @@ impl Default for Machine {
             memory: "512M".to_owned(),
             devices: vec!["mana".to_owned()],
             netdevs: Vec::new(),
+            disks: Vec::new(),
             append: String::new(),
             timeout: 400,
         }
@@ -102,10 +105,24 @@ pub struct Step {
     pub topology_as_asked: bool,
 }
 
+/// What a disk must hold when the machine is off.
+#[derive(Clone, Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct DiskCheck {
+    /// Which.
+    pub disk: usize,
+    /// Byte position.
+    pub offset: u64,
+    /// What is there.
+    pub holds: String,
+}
+
 /// What the run as a whole must show.
 #[derive(Clone, Debug, Default, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct Expect {
+    /// Of the machine's disks.
+    pub disk: Vec<DiskCheck>,
     /// Exit code of `mana-vmm`.
     pub exit: i32,
     /// Texts on its standard error.

@@ -1,18 +1,24 @@
 //! The channel from the guest's agent: a port that takes frames by string output, many bytes an exit.
 //!
 //! A frame is a kind byte, a little-endian 16-bit length, and the payload: `O` and `E` are standard output and error
-//! of the `--exec` command, `L` is a line of the agent's log, `S` is the command's exit status as decimal text.
+//! of the `--exec` command, `L` is a line of the agent's log, `S` is the command's exit status as decimal text. `X` asks
+//! how often CPUs left the guest; the next reads of the port are the answer, two decimal numbers and a line feed: exits
+//! to us, and exits at all, which the host's KVM counts (left out where it doesn't tell).
 
+use std::collections::VecDeque;
 use std::io::Write;
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use vm_device::DevicePio;
 use vm_device::bus::{PioAddress, PioAddressOffset};
 
 use crate::layout::AGENT_PORT;
+use crate::vcpu::ExitCounts;
 use crate::warn_limited;
 
 const HEADER: usize = 3;
+/// Exits of all machines of this host, since KVM was loaded.
+const KVM_EXITS: &str = "/sys/kernel/debug/kvm/exits";
 
 /// One port, [`AGENT_PORT`]; reads answer its own number, which says that somebody listens.
 #[derive(Default)]
@@ -25,11 +31,19 @@ struct State {
     /// The frame that is being received, header included.
     frame: Vec<u8>,
     exec_status: Option<i32>,
+    /// Bytes that the guest is still to read.
+    answer: VecDeque<u8>,
+    exits: Option<Arc<ExitCounts>>,
 }
 
 impl AgentPort {
     fn state(&self) -> MutexGuard<'_, State> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Answer questions about exits with `counts`.
+    pub fn set_exits(&self, counts: Arc<ExitCounts>) {
+        self.state().exits = Some(counts);
     }
 
     /// The `--exec` command's exit status, once it has ended.
@@ -40,7 +54,8 @@ impl AgentPort {
 
 impl DevicePio for AgentPort {
     fn pio_read(&self, _: PioAddress, _: PioAddressOffset, data: &mut [u8]) {
-        data.fill(AGENT_PORT as u8);
+        let mut state = self.state();
+        data.fill_with(|| state.answer.pop_front().unwrap_or(AGENT_PORT as u8));
     }
 
     fn pio_write(&self, _: PioAddress, _: PioAddressOffset, data: &[u8]) {
@@ -69,6 +84,11 @@ impl State {
         match kind {
             b'O' => forward("standard output", std::io::stdout(), payload),
             b'E' => forward("standard error", std::io::stderr(), payload),
+            b'X' => {
+                let ours = self.exits.as_ref().map_or(0, |counts| counts.sum());
+                let all = std::fs::read_to_string(KVM_EXITS).unwrap_or_default();
+                self.answer = format!("{ours} {}\n", all.trim()).into_bytes().into();
+            }
             b'L' => log::info!("agent: {}", String::from_utf8_lossy(payload)),
             b'S' => match std::str::from_utf8(payload).ok().and_then(|text| text.parse().ok()) {
                 Some(status) => self.exec_status = Some(status),

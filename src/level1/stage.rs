@@ -19,7 +19,14 @@ const CLOCK_PATIENCE: Duration = Duration::from_secs(20);
 
 /// Mounts what a program expects to find.
 pub(super) fn mount_all() -> Result<()> {
-    for (kind, at) in [("devtmpfs", "/dev"), ("proc", "/proc"), ("sysfs", "/sys"), ("devpts", "/dev/pts")] {
+    let mounts = [
+        ("devtmpfs", "/dev"),
+        ("proc", "/proc"),
+        ("sysfs", "/sys"),
+        ("debugfs", "/sys/kernel/debug"),
+        ("devpts", "/dev/pts"),
+    ];
+    for (kind, at) in mounts {
         fs::create_dir_all(at)?;
         mount(kind, at, kind, MountFlags::empty(), None::<&CStr>)
             .with_context(|| format!("can't mount {at}"))?;

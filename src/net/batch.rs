@@ -216,7 +216,7 @@ impl Outlet {
 }
 
 #[cfg(test)]
-pub(super) mod tests {
+pub(crate) mod tests {
     use mana_device::doors::{PartialChecksum, Segmentation};
 
     use super::super::tests::with_frame;

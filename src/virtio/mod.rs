@@ -167,3 +167,6 @@ fn function<B: Backend>(
     };
     Ok((Arc::new(VirtioPci::new(backend, host)?), workers))
 }
+
+#[cfg(test)]
+mod tests;

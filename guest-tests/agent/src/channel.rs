@@ -1,9 +1,11 @@
 //! The agent channel: I/O port 0xE9, where the VMM takes frames.
 //!
 //! A frame is a kind byte, the payload's length (16 bits, little-endian) and the payload. A read of the port answers
-//! 0xE9 where there is someone to take them. Where there is nobody, everything goes to the console, and so it does if
-//! the kernel's command line says `MANA_AGENT=console`: some nested machines let no program use a port, whatever the
-//! kernel allows (TCG's SVM with QEMU above it).
+//! 0xE9 where there is someone to take them; after a question, the bytes of the answer up to a line feed.
+//!
+//! Where there is nobody, everything goes to the console, and so it does if the kernel's command line says
+//! `MANA_AGENT=console`: some nested machines let no program use a port, whatever the kernel allows (TCG's SVM with
+//! QEMU above it).
 
 use std::arch::asm;
 use std::sync::{Mutex, PoisonError};
@@ -26,6 +28,8 @@ pub enum Kind {
     Log = b'L',
     /// Exit status of the command, in decimal.
     Status = b'S',
+    /// A question: how often did CPUs leave the guest so far?
+    Exits = b'X',
 }
 
 /// Frames of different threads must not mix.
@@ -53,6 +57,23 @@ pub fn send(kind: Kind, payload: &[u8]) {
     }
 }
 
+/// How often CPUs left the guest so far: all the way to the VMM, and at all. `None` where nobody counts.
+pub fn exits() -> Option<(u64, Option<u64>)> {
+    const LONGEST: usize = 64;
+    sys::allow_port(PORT).ok()?;
+    send(Kind::Exits, &[]);
+    let mut answer = String::new();
+    while answer.len() < LONGEST {
+        match char::from(read()) {
+            '\n' => break,
+            digit if digit.is_ascii_digit() || digit == ' ' => answer.push(digit),
+            _ => return None,
+        }
+    }
+    let mut numbers = answer.split(' ').map(|number| number.parse().ok());
+    Some((numbers.next()??, numbers.next().flatten()))
+}
+
 /// Tell the VMM that a stage of the guest's start is reached.
 pub fn log(stage: &str, mut details: Value) {
     details["stage"] = stage.into();
@@ -61,10 +82,14 @@ pub fn log(stage: &str, mut details: Value) {
 }
 
 fn answers() -> bool {
+    u16::from(read()) == PORT
+}
+
+fn read() -> u8 {
     let value: u8;
-    // SAFETY: the thread may use the port, and reading it changes nothing.
+    // SAFETY: the thread may use the port, and reading it changes nothing of this program's.
     unsafe { asm!("in al, dx", in("dx") PORT, out("al") value, options(nomem, nostack, preserves_flags)) };
-    u16::from(value) == PORT
+    value
 }
 
 fn write(bytes: &[u8]) {

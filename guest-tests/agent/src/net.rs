@@ -232,14 +232,32 @@ pub fn counters(interface: &str) -> Result<BTreeMap<String, u64>> {
     Ok(names.chunks_exact(STRING).map(name).zip(values.into_iter().skip(1)).collect())
 }
 
+/// What drivers call the packets of a queue: mana, virtio_net up to 6.3, virtio_net since.
+fn counter_names(kind: &str, queue: usize) -> [String; 3] {
+    [
+        format!("{kind}_{queue}_packets"),
+        format!("{kind}_queue_{queue}_packets"),
+        format!("{kind}{queue}_packets"),
+    ]
+}
+
+/// A counter of the interface itself, such as `tx_packets`.
+pub fn statistic(interface: &str, name: &str) -> Result<u64> {
+    let text = attribute(interface, &format!("statistics/{name}"));
+    text.parse().with_context(|| format!("{interface} has no statistic {name}"))
+}
+
 /// Packets of each queue: `(receive, transmit)`.
 pub fn queue_packets(interface: &str) -> Result<(Vec<u64>, Vec<u64>)> {
     let counters = counters(interface)?;
     let (rx, tx) = queues(interface);
     let packets = |kind: &str, count: usize| -> Result<Vec<u64>> {
-        let counter = |index| format!("{kind}_{index}_packets");
-        let value = |name: String| counters.get(&name).copied().with_context(|| format!("no counter {name}"));
-        (0..count).map(|index| value(counter(index))).collect()
+        let value = |index: usize| {
+            let names = counter_names(kind, index);
+            let found = names.iter().find_map(|name| counters.get(name).copied());
+            found.with_context(|| format!("no counter {}", names[0]))
+        };
+        (0..count).map(value).collect()
     };
     Ok((packets("rx", rx)?, packets("tx", tx)?))
 }

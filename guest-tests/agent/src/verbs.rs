@@ -1,5 +1,6 @@
 //! The commands, one file each. What they find goes to standard output as one JSON object.
 
+mod bench;
 mod echo;
 mod establish_again;
 mod log_check;
@@ -19,6 +20,7 @@ use crate::net;
 /// Runs the command `name`.
 pub fn run(name: &str, mut arguments: Arguments) -> Result<()> {
     let report = match name {
+        "bench-net" => bench::run(&mut arguments),
         "bind" => rebind::bind(&mut arguments),
         "dhcp" => each_interface(&mut arguments, net::ask_for_address),
         "echo-tcp" => echo::tcp(&mut arguments),
