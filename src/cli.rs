@@ -5,6 +5,7 @@
 
 mod guest;
 mod options;
+mod serve;
 
 use std::path::PathBuf;
 use std::time::Duration;
@@ -14,6 +15,8 @@ use clap::{Args, Parser, Subcommand, ValueEnum};
 use crate::config::{Accel, VmConfig};
 use crate::keyval::OptionError;
 use crate::trace::TraceArgs;
+
+pub use serve::ServeArgs;
 
 /// A small VMM with an emulated MANA NIC (Microsoft Azure Network Adapter).
 #[derive(Debug, Parser)]
@@ -32,6 +35,11 @@ pub enum Command {
     /// Exit code: 0 the guest powered off; 1 bad arguments or a host error; 2 guest kernel panic or oops;
     /// 3 time-out; 4 the driver broke a device rule and strict=on; 5 the --exec command failed.
     Boot(Box<BootArgs>),
+    /// Serve MANA functions to other VMMs over vfio-user: QEMU from 10.1 on, Cloud Hypervisor.
+    ///
+    /// It runs until a signal ends it (exit code 0); 1 bad arguments or a host error; 3 time-out; 4 the driver broke a
+    /// device rule and strict=on.
+    Serve(ServeArgs),
     /// Tell what a trace file holds, in words or as a page with the interrupt vectors over time.
     Trace(TraceArgs),
     /// Write the initramfs that `boot` with these options would make, for use with another VMM.

@@ -163,3 +163,20 @@ pub struct VmConfig {
     /// End the run with exit code 3 after this long.
     pub timeout: Option<Duration>,
 }
+
+/// Functions for other VMMs: `mana-vmm serve`.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ServeConfig {
+    /// Where the n-th function is served.
+    pub sockets: Vec<PathBuf>,
+    /// Cables.
+    pub netdevs: Vec<Netdev>,
+    /// MANA functions.
+    pub nics: Vec<ManaNic>,
+    /// Trace file (JSON lines).
+    pub trace: Option<PathBuf>,
+    /// End when the first client of each function has left.
+    pub once: bool,
+    /// End with exit code 3 after this long.
+    pub timeout: Option<Duration>,
+}

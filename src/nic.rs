@@ -3,14 +3,11 @@
 use std::sync::Arc;
 
 use anyhow::{Context, anyhow};
-use kvm_ioctls::VmFd;
-use mana_device::doors::{Clock, Memory, Port};
+use mana_device::doors::{Clock, Memory, MsiSink, Port};
 use mana_device::observe::{Event, Observer};
 use mana_device::{Host, ManaDevice};
-use vm_memory::{GuestMemoryAtomic, GuestMemoryMmap};
 
-use crate::config::{ManaNic, VmConfig};
-use crate::irq::MsiRoutes;
+use crate::config::{ManaNic, Netdev};
 use crate::net::{Cable, Exchange};
 use crate::stop::{Outcome, Stop};
 use crate::trace::TraceFile;
@@ -21,14 +18,14 @@ const MAX_WORKERS: usize = 4;
 
 /// What all functions of a machine share.
 pub struct Surroundings<'a> {
-    /// The machine.
-    pub config: &'a VmConfig,
-    /// Where interrupts go.
-    pub vm: &'a Arc<VmFd>,
-    /// Guest RAM.
-    pub memory: &'a GuestMemoryMmap,
+    /// Every `--netdev`.
+    pub netdevs: &'a [Netdev],
     /// Where cables come from.
     pub cables: &'a Exchange,
+    /// Functions that there will be; the trace numbers them if they are several.
+    pub functions: usize,
+    /// The guest's CPUs, if we know.
+    pub cpus: Option<u32>,
     /// Time for devices, cables and the trace.
     pub clock: &'a Arc<dyn Clock>,
     /// `--trace`.
@@ -46,18 +43,23 @@ pub struct Nic {
 }
 
 impl Nic {
-    /// Plug in `nic`, the `index`-th of the machine.
+    /// Plug in `nic`, the `index`-th of the machine, whose DMA goes to `memory` and whose interrupts go to `msi`.
     ///
     /// # Errors
     /// A cable can't be opened, or an option of the device makes no sense.
-    pub fn start(nic: &ManaNic, index: usize, around: &Surroundings<'_>) -> anyhow::Result<Self> {
+    pub fn start(
+        nic: &ManaNic,
+        index: usize,
+        around: &Surroundings<'_>,
+        memory: Memory,
+        msi: Arc<dyn MsiSink>,
+    ) -> anyhow::Result<Self> {
         let cables = open_cables(nic, around)?;
-        let mailboxes = Mailboxes::new(worker_count(nic, around.config))?;
+        let mailboxes = Mailboxes::new(worker_count(nic, around.cpus))?;
         let observer = observer(nic, index, around);
-        let memory: Memory = GuestMemoryAtomic::new(around.memory.clone());
         let host = Host {
             memory,
-            msi: Arc::new(MsiRoutes::new(around.vm.clone())),
+            msi,
             clock: around.clock.clone(),
             waker: mailboxes.clone(),
             ports: cables.iter().map(|cable| cable.clone() as Arc<dyn Port>).collect(),
@@ -75,15 +77,24 @@ impl Nic {
         &self.device
     }
 
+    /// Brings what is alive now into the trace, whenever it is called.
+    pub fn ledger_report(&self) -> impl Fn() + Send + 'static {
+        let (device, clock, observer) = (self.device.clone(), self.clock.clone(), self.observer.clone());
+        move || {
+            if let Some(observer) = &observer {
+                observer.event(clock.now_ns(), &Event::Ledger { live: device.ledger() });
+            }
+        }
+    }
+
     /// Stop the workers, and let the trace end with what the driver has left behind.
     ///
     /// # Errors
     /// A worker had failed.
     pub fn finish(self) -> anyhow::Result<()> {
+        let report = self.ledger_report();
         self.workers.stop()?;
-        if let Some(observer) = &self.observer {
-            observer.event(self.clock.now_ns(), &Event::Ledger { live: self.device.ledger() });
-        }
+        report();
         log::info!("mana: {:?}", self.device.counters());
         Ok(())
     }
@@ -92,7 +103,7 @@ impl Nic {
 /// The cables of `nic`, one a vPort.
 fn open_cables(nic: &ManaNic, around: &Surroundings<'_>) -> anyhow::Result<Vec<Arc<dyn Cable>>> {
     let open = |id: &String| {
-        let netdevs = &around.config.netdevs;
+        let netdevs = around.netdevs;
         let index = netdevs.iter().position(|netdev| netdev.id == *id);
         let index = index.with_context(|| format!("--device: there is no --netdev with id={id}"))?;
         around.cables.open(&netdevs[index], index, nic.device.mtu)
@@ -101,18 +112,18 @@ fn open_cables(nic: &ManaNic, around: &Surroundings<'_>) -> anyhow::Result<Vec<A
 }
 
 /// As many as were asked for, or can run at once and have queues to run.
-fn worker_count(nic: &ManaNic, config: &VmConfig) -> usize {
+fn worker_count(nic: &ManaNic, cpus: Option<u32>) -> usize {
     if let Some(workers) = nic.workers {
         return workers.into();
     }
     let host = std::thread::available_parallelism().map_or(1, usize::from);
     let queues = nic.device.vports.iter().map(|vport| usize::from(vport.max_queues)).sum();
-    MAX_WORKERS.min(host).min(config.topology.cpus as usize).min(queues)
+    MAX_WORKERS.min(host).min(cpus.map_or(usize::MAX, |cpus| cpus as usize)).min(queues)
 }
 
 /// The trace, and the rules where they end the run.
 fn observer(nic: &ManaNic, index: usize, around: &Surroundings<'_>) -> Option<Arc<dyn Observer>> {
-    let number = (around.config.nics.len() > 1).then_some(index);
+    let number = (around.functions > 1).then_some(index);
     let trace = around.trace.map(|trace| trace.observer(number));
     if nic.strict {
         return Some(Arc::new(RuleWatch { stop: around.stop.clone(), next: trace }));

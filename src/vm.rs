@@ -20,7 +20,7 @@ use crate::bus::Bus;
 use crate::clock::MonotonicClock;
 use crate::config::{Slot, VmConfig};
 use crate::events::{EventLoop, Signals, StopListener, Timeout};
-use crate::irq::{self, IrqLine, LevelLine};
+use crate::irq::{self, IrqLine, LevelLine, MsiRoutes};
 use crate::legacy::{
     AcpiPm, AgentPort, Console, ConsoleTimers, I8042, Pvpanic, Rtc, RtcAlarm, SerialInput, SerialPort,
 };
@@ -142,15 +142,18 @@ impl Machine {
 
         let cables = Exchange::new(outside.clock.clone());
         let around = Surroundings {
-            config,
+            netdevs: &config.netdevs,
             cables: &cables,
-            vm: &vm,
-            memory: &memory,
+            functions: config.nics.len(),
+            cpus: Some(config.topology.cpus),
             clock: &outside.clock,
             trace: outside.trace.as_ref(),
             stop: &stop,
         };
-        let nics = config.nics.iter().enumerate().map(|(index, nic)| Nic::start(nic, index, &around));
+        let nics = config.nics.iter().enumerate().map(|(index, nic)| {
+            let msi = Arc::new(MsiRoutes::new(vm.clone()));
+            Nic::start(nic, index, &around, GuestMemoryAtomic::new(memory.clone()), msi)
+        });
         let nics = nics.collect::<anyhow::Result<Vec<_>>>()?;
         let around = virtio::Surroundings {
             vm: &vm,

@@ -284,6 +284,7 @@ impl ManaDevice {
         *window = Window::default();
         card.core.msix.reset();
         lock(pci).reset(power_on);
+        card.core.tracer.emit(|| Event::Ledger { live: lock(firmware).ledger() });
     }
     /// Live objects by kind; all zero when the driver left nothing behind.
     pub fn ledger(&self) -> Fields {

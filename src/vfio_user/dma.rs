@@ -1,0 +1,282 @@
+//! The client's memory, as the function's DMA sees it.
+//!
+//! The client names each piece of its memory and sends the file that the piece lies in; we map it. What comes without
+//! a file (a video card's memory, firmware) or may not be written can't be reached: DMA there fails as it does where
+//! no memory is. A piece that the client takes back is unmapped before it gets its answer, and that waits for workers
+//! that are in the middle of a batch with the old map.
+
+use std::collections::BTreeMap;
+use std::fs::File;
+use std::os::fd::OwnedFd;
+use std::sync::{Arc, PoisonError};
+use std::time::Duration;
+
+use mana_device::doors::Memory;
+use rustix::io::Errno;
+use vm_memory::{
+    FileOffset, GuestAddress, GuestAddressSpace, GuestMemoryMmap, GuestMemoryRegion, GuestRegionMmap,
+    MmapRegion,
+};
+
+use super::wire::{DmaMap, DmaUnmap, dma};
+use crate::warn_limited;
+
+/// Most pieces at a time. A client with a hundred devices has some dozens.
+const MAX_PIECES: usize = 4096;
+/// How often we look whether the last worker has let go: a batch takes microseconds.
+const PATIENCE: Duration = Duration::from_micros(20);
+/// A piece of this many bytes that comes without a file is worth a warning: it is the guest's RAM.
+const LARGE: u64 = 32 << 20;
+
+/// Pieces by address. The value is `None` where the device can't reach.
+pub struct ClientMemory {
+    memory: Memory,
+    pieces: BTreeMap<u64, (u64, Option<Arc<GuestRegionMmap>>)>,
+}
+
+impl ClientMemory {
+    /// Nothing is mapped; what will be, appears in `memory`.
+    pub fn new(memory: Memory) -> Self {
+        Self { memory, pieces: BTreeMap::new() }
+    }
+
+    /// Map a piece, which lies in `file` if it comes with one.
+    ///
+    /// # Errors
+    /// EINVAL for a piece that makes no sense or a file that can't hold it, EEXIST if it overlaps another, ENOSPC if
+    /// there are too many, and what mmap says.
+    pub fn map(&mut self, message: &DmaMap, file: Option<OwnedFd>) -> Result<(), Errno> {
+        let (iova, size) = (message.iova.get(), message.size.get());
+        let end = iova.checked_add(size).filter(|_| size > 0).ok_or(Errno::INVAL)?;
+        if message.flags.get() & !(dma::READ | dma::WRITE) != 0 {
+            return Err(Errno::INVAL);
+        }
+        if self.overlapping(iova, end).next().is_some() {
+            return Err(Errno::EXIST);
+        }
+        if self.pieces.len() >= MAX_PIECES {
+            return Err(Errno::NOSPC);
+        }
+        let writable = message.flags.get() & dma::WRITE != 0;
+        let region = match file {
+            Some(file) if writable => Some(Arc::new(region(message, file)?)),
+            None if writable && size >= LARGE => {
+                warn_limited!(
+                    "the client's {} MiB at {iova:#x} come without a file, so that DMA can't reach them: QEMU's guest \
+                     RAM must be shared (-object memory-backend-memfd,id=ram,share=on,size=... -machine \
+                     memory-backend=ram)",
+                    size >> 20
+                );
+                None
+            }
+            _ => None,
+        };
+        if let Some(region) = &region {
+            let map = self.memory.memory().insert_region(region.clone()).map_err(|_| Errno::INVAL)?;
+            self.replace(map);
+        }
+        self.pieces.insert(iova, (size, region));
+        Ok(())
+    }
+
+    /// Take back the pieces that lie in a range. When this returns nobody touches them any more.
+    ///
+    /// # Errors
+    /// EINVAL if the range cuts a piece in two, ENOENT if there is none in it.
+    pub fn unmap(&mut self, message: &DmaUnmap) -> Result<(), Errno> {
+        if message.flags.get() & !dma::UNMAP_ALL != 0 {
+            return Err(Errno::INVAL);
+        }
+        if message.flags.get() & dma::UNMAP_ALL != 0 {
+            self.unmap_all();
+            return Ok(());
+        }
+        let (iova, size) = (message.iova.get(), message.size.get());
+        let end = iova.checked_add(size).filter(|_| size > 0).ok_or(Errno::INVAL)?;
+        let found: Vec<(u64, u64)> = self.overlapping(iova, end).collect();
+        if found.is_empty() {
+            return Err(Errno::NOENT);
+        }
+        if found.iter().any(|&(start, piece_end)| start < iova || piece_end > end) {
+            return Err(Errno::INVAL);
+        }
+        self.remove(found.into_iter().map(|(start, _)| start));
+        Ok(())
+    }
+
+    /// Take back everything.
+    pub fn unmap_all(&mut self) {
+        let all: Vec<u64> = self.pieces.keys().copied().collect();
+        self.remove(all.into_iter());
+    }
+
+    /// Start and end of each piece that touches `start..end`.
+    fn overlapping(&self, start: u64, end: u64) -> impl Iterator<Item = (u64, u64)> + '_ {
+        let before_end = self.pieces.range(..end).rev().map(|(&at, &(size, _))| (at, at + size));
+        // Pieces don't overlap, so that going down the first that ends too early is followed by others that do.
+        before_end.take_while(move |&(_, piece_end)| piece_end > start)
+    }
+
+    fn remove(&mut self, starts: impl Iterator<Item = u64>) {
+        let mut leaving = Vec::new();
+        let mut map: GuestMemoryMmap = (*self.memory.memory()).clone();
+        for start in starts {
+            let Some((size, Some(region))) = self.pieces.remove(&start) else { continue };
+            if let Ok((without, _)) = map.remove_region(GuestAddress(start), size) {
+                map = without;
+            }
+            leaving.push(region);
+        }
+        if leaving.is_empty() {
+            return;
+        }
+        self.replace(map);
+        for region in &mut leaving {
+            // Whoever began a batch before the map was replaced holds the old one, and with it the region.
+            while Arc::get_mut(region).is_none() {
+                std::thread::sleep(PATIENCE);
+            }
+        }
+    }
+
+    fn replace(&self, map: GuestMemoryMmap) {
+        self.memory.lock().unwrap_or_else(PoisonError::into_inner).replace(map);
+    }
+}
+
+/// Maps what `message` describes.
+fn region(message: &DmaMap, file: OwnedFd) -> Result<GuestRegionMmap, Errno> {
+    let file = File::from(file);
+    let metadata = file.metadata().map_err(|error| Errno::from_io_error(&error).unwrap_or(Errno::IO))?;
+    let (offset, size) = (message.offset.get(), message.size.get());
+    let fits = offset.checked_add(size).is_some_and(|end| end <= metadata.len());
+    // A device's file may do anything when it is touched, a pipe has no memory.
+    if !metadata.is_file() || !fits {
+        return Err(Errno::INVAL);
+    }
+    let length = usize::try_from(size).map_err(|_| Errno::INVAL)?;
+    let mapping = MmapRegion::from_file(FileOffset::new(file, offset), length).map_err(|error| {
+        log::info!("{size:#x} bytes of the client's memory can't be mapped: {error}");
+        Errno::INVAL
+    })?;
+    let region = GuestRegionMmap::new(mapping, GuestAddress(message.iova.get())).ok_or(Errno::INVAL)?;
+    debug_assert_eq!(region.len(), size);
+    Ok(region)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::atomic::{AtomicBool, Ordering};
+
+    use rustix::fs::{MemfdFlags, ftruncate, memfd_create};
+    use vm_memory::{Bytes, GuestMemoryAtomic};
+
+    use super::*;
+
+    const PAGE: u64 = 4096;
+
+    fn file(bytes: u64) -> OwnedFd {
+        let file = memfd_create("client", MemfdFlags::CLOEXEC).unwrap();
+        ftruncate(&file, bytes).unwrap();
+        file
+    }
+
+    fn memory() -> (ClientMemory, Memory) {
+        let memory: Memory = GuestMemoryAtomic::new(GuestMemoryMmap::default());
+        (ClientMemory::new(memory.clone()), memory)
+    }
+
+    fn map(iova: u64, size: u64, offset: u64) -> DmaMap {
+        DmaMap {
+            argsz: 32.into(),
+            flags: (dma::READ | dma::WRITE).into(),
+            offset: offset.into(),
+            iova: iova.into(),
+            size: size.into(),
+        }
+    }
+
+    fn unmap(iova: u64, size: u64) -> DmaUnmap {
+        DmaUnmap { argsz: 24.into(), flags: 0.into(), iova: iova.into(), size: size.into() }
+    }
+
+    #[test]
+    fn the_clients_bytes_are_the_devices() {
+        let (mut client, memory) = memory();
+        let file = file(3 * PAGE);
+        client.map(&map(0x10_0000, 2 * PAGE, PAGE), Some(file.try_clone().unwrap())).unwrap();
+        memory.memory().write_slice(b"hello", GuestAddress(0x10_0ffe)).unwrap();
+        let mut seen = [0; 5];
+        rustix::io::pread(&file, &mut seen, 2 * PAGE - 2).unwrap();
+        assert_eq!(&seen, b"hello");
+        client.unmap(&unmap(0x10_0000, 2 * PAGE)).unwrap();
+        assert!(memory.memory().write_slice(b"hello", GuestAddress(0x10_0ffe)).is_err());
+    }
+
+    #[test]
+    fn what_makes_no_sense_is_refused_and_changes_nothing() {
+        let (mut client, memory) = memory();
+        client.map(&map(0x4000, 2 * PAGE, 0), Some(file(2 * PAGE))).unwrap();
+        let mut refused = |message: DmaMap, file| client.map(&message, file).unwrap_err();
+        assert_eq!(refused(map(0x8000, 0, 0), Some(file(PAGE))), Errno::INVAL);
+        assert_eq!(refused(map(u64::MAX - 100, PAGE, 0), Some(file(PAGE))), Errno::INVAL);
+        assert_eq!(refused(map(0x8000, PAGE, PAGE), Some(file(PAGE))), Errno::INVAL);
+        assert_eq!(refused(map(0x8000, PAGE, u64::MAX), Some(file(PAGE))), Errno::INVAL);
+        assert_eq!(refused(map(0x8000, PAGE, 100), Some(file(2 * PAGE))), Errno::INVAL);
+        assert_eq!(refused(DmaMap { flags: 0xff.into(), ..map(0x8000, PAGE, 0) }, None), Errno::INVAL);
+        for (iova, size) in [(0x3000, 2 * PAGE), (0x5000, PAGE), (0x4000, 2 * PAGE), (0, 1 << 40)] {
+            assert_eq!(refused(map(iova, size, 0), None), Errno::EXIST);
+        }
+        let pipe = rustix::pipe::pipe().unwrap().0;
+        assert_eq!(refused(map(0x8000, PAGE, 0), Some(pipe)), Errno::INVAL);
+        let zero: OwnedFd = File::open("/dev/zero").unwrap().into();
+        assert_eq!(refused(map(0x8000, PAGE, 0), Some(zero)), Errno::INVAL);
+        assert_eq!(client.unmap(&unmap(0x9000, PAGE)), Err(Errno::NOENT));
+        assert_eq!(client.unmap(&unmap(0x4000, PAGE)), Err(Errno::INVAL));
+        assert_eq!(client.unmap(&unmap(0x4000, u64::MAX)), Err(Errno::INVAL));
+        assert!(memory.memory().write_slice(&[1], GuestAddress(0x5fff)).is_ok());
+        client.unmap(&unmap(0, 1 << 40)).unwrap();
+        assert!(memory.memory().write_slice(&[1], GuestAddress(0x5fff)).is_err());
+    }
+
+    #[test]
+    fn memory_without_a_file_or_read_only_is_known_but_out_of_reach() {
+        let (mut client, memory) = memory();
+        client.map(&map(0xa_0000, 0x2_0000, 0), None).unwrap();
+        let rom = DmaMap { flags: dma::READ.into(), ..map(0xc_0000, PAGE, 0) };
+        client.map(&rom, Some(file(PAGE))).unwrap();
+        assert!(memory.memory().write_slice(&[1], GuestAddress(0xc_0000)).is_err());
+        assert_eq!(client.map(&map(0xb_0000, PAGE, 0), None), Err(Errno::EXIST));
+        client.unmap(&unmap(0xa_0000, 0x2_0000)).unwrap();
+        client.unmap(&unmap(0xc_0000, PAGE)).unwrap();
+    }
+
+    #[test]
+    fn there_are_bounds() {
+        let (mut client, _) = memory();
+        for piece in 0..MAX_PIECES as u64 {
+            client.map(&map(piece * PAGE, PAGE, 0), None).unwrap();
+        }
+        assert_eq!(client.map(&map(1 << 40, PAGE, 0), None), Err(Errno::NOSPC));
+        client.unmap(&DmaUnmap { flags: dma::UNMAP_ALL.into(), ..unmap(0, 0) }).unwrap();
+        client.map(&map(1 << 40, PAGE, 0), None).unwrap();
+    }
+
+    #[test]
+    fn unmapping_waits_for_whoever_is_still_at_it() {
+        let (mut client, memory) = memory();
+        client.map(&map(0, PAGE, 0), Some(file(PAGE))).unwrap();
+        let held = memory.memory();
+        let let_go = AtomicBool::new(false);
+        std::thread::scope(|scope| {
+            let let_go = &let_go;
+            scope.spawn(move || {
+                std::thread::sleep(Duration::from_millis(50));
+                let_go.store(true, Ordering::SeqCst);
+                drop(held);
+            });
+            client.unmap(&unmap(0, PAGE)).unwrap();
+            assert!(let_go.load(Ordering::SeqCst), "it did not wait");
+        });
+    }
+}
