@@ -20,8 +20,12 @@
 
 pub mod connection;
 pub mod dma;
+pub mod exercise;
 pub mod frames;
 pub mod irqs;
 pub mod server;
 pub mod session;
 pub mod wire;
+
+#[cfg(test)]
+mod tests;

@@ -20,6 +20,8 @@ pub type OnLeft = Box<dyn Fn() + Send>;
 /// A server that runs. Dropping it ends the connection, waits for the teardown and removes the socket.
 pub struct Server {
     path: PathBuf,
+    /// The thread's listener, to wake it.
+    listener: UnixListener,
     state: Arc<Mutex<State>>,
     thread: Option<JoinHandle<()>>,
 }
@@ -43,6 +45,7 @@ impl Server {
         on_left: OnLeft,
     ) -> anyhow::Result<Self> {
         let listener = listen(path)?;
+        let ours = listener.try_clone().context("no descriptor for a vfio-user server")?;
         let state = Arc::<Mutex<State>>::default();
         let shared = state.clone();
         let thread = std::thread::Builder::new().name("vfio-user".into());
@@ -65,7 +68,7 @@ impl Server {
             }
         };
         let thread = thread.spawn(serve).context("no thread for a vfio-user server")?;
-        Ok(Self { path: path.to_owned(), state, thread: Some(thread) })
+        Ok(Self { path: path.to_owned(), listener: ours, state, thread: Some(thread) })
     }
 }
 
@@ -79,8 +82,10 @@ impl Drop for Server {
                 let _ = client.shutdown(Shutdown::Both);
             }
         }
-        // Wakes the thread where it waits for a client.
-        let _ = UnixStream::connect(&self.path);
+        // Wakes the thread where it waits for a client, even if somebody has removed the socket.
+        if let Err(error) = rustix::net::shutdown(&self.listener, rustix::net::Shutdown::Both) {
+            log::error!("{}: the listener can't be shut down: {error}", self.path.display());
+        }
         if self.thread.take().is_some_and(|thread| thread.join().is_err()) {
             log::error!("{}: the vfio-user server panicked", self.path.display());
         }
