@@ -77,12 +77,14 @@ impl Nic {
         &self.device
     }
 
-    /// Brings what is alive now into the trace, whenever it is called.
-    pub fn ledger_report(&self) -> impl Fn() + Send + 'static {
+    /// Brings what is alive now into the trace, whenever it is called, and `detail` of what the host does about it.
+    pub fn ledger_report(&self, detail: Option<&'static str>) -> impl Fn() + Send + 'static {
         let (device, clock, observer) = (self.device.clone(), self.clock.clone(), self.observer.clone());
         move || {
-            if let Some(observer) = &observer {
-                observer.event(clock.now_ns(), &Event::Ledger { live: device.ledger() });
+            let Some(observer) = &observer else { return };
+            observer.event(clock.now_ns(), &Event::Ledger { live: device.ledger() });
+            if let Some(detail) = detail {
+                observer.event(clock.now_ns(), &Event::HostEvent { detail: detail.to_owned() });
             }
         }
     }
@@ -92,7 +94,7 @@ impl Nic {
     /// # Errors
     /// A worker had failed.
     pub fn finish(self) -> anyhow::Result<()> {
-        let report = self.ledger_report();
+        let report = self.ledger_report(None);
         self.workers.stop()?;
         report();
         log::info!("mana: {:?}", self.device.counters());

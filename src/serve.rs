@@ -19,6 +19,9 @@ use crate::vfio_user::irqs::EventDescriptors;
 use crate::vfio_user::server::Server;
 use crate::vfio_user::session::Function;
 
+/// Traced between the ledger of what a client has left and the teardown; guest-tests look for it.
+const CLIENT_LEFT: &str = "the client has left";
+
 /// Serve until something ends it, and say how.
 ///
 /// # Errors
@@ -51,7 +54,8 @@ pub fn run(config: &ServeConfig) -> anyhow::Result<ExitCode> {
         let device = running.device().clone();
         let function = Function { device, config: nic.device.clone(), memory, events: descriptors };
         let on_left = on_left(config.once, &awaited, &stop);
-        servers.push(Server::start(socket, function, Box::new(running.ledger_report()), on_left)?);
+        let before_end = Box::new(running.ledger_report(Some(CLIENT_LEFT)));
+        servers.push(Server::start(socket, function, before_end, on_left)?);
         nics.push(running);
     }
     for socket in &config.sockets {

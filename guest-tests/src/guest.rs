@@ -42,7 +42,7 @@ impl Guest {
 }
 
 /// Where `resources/fetch-guests` puts guests: `$MANA_GUESTS`, or `guests` in the target folder.
-fn folder() -> PathBuf {
+pub fn folder() -> PathBuf {
     let binary = env::current_exe().unwrap_or_default();
     let beside_binary =
         || binary.ancestors().map(|folder| folder.join("guests")).find(|folder| folder.is_dir());

@@ -7,6 +7,7 @@
 mod guest;
 mod json;
 mod model;
+mod qemu;
 mod report;
 mod run;
 mod scenario;
@@ -21,10 +22,10 @@ use std::time::Instant;
 use std::{env, fs, thread};
 
 use anyhow::{Context, Result, ensure};
-use clap::Parser;
+use clap::{Parser, ValueEnum};
 
 use guest::Guest;
-use run::{Job, Outcome, Settings, Verdict};
+use run::{Job, Lane, Outcome, Settings, Verdict};
 use scenario::Scenario;
 
 /// Test guest drivers: real kernels against the simulated MANA host.
@@ -35,6 +36,9 @@ struct Arguments {
     /// Guests to run them on.
     #[arg(long, value_delimiter = ',', default_values = ["6.1", "6.12", "newest"])]
     guest: Vec<String>,
+    /// Where the guest's CPUs are: in mana-vmm itself, or in QEMU, which has the device over vfio-user.
+    #[arg(long, value_enum, default_value = "built-in")]
+    vmm: Vmm,
     /// A folder with the mana.ko to test in place of the guest's own.
     #[arg(long, value_name = "DIR")]
     driver: Option<PathBuf>,
@@ -47,7 +51,7 @@ struct Arguments {
     /// Machines that run side by side [default: the host's CPUs].
     #[arg(long)]
     jobs: Option<usize>,
-    /// Passed on to mana-vmm.
+    /// Passed on to mana-vmm; under QEMU kvm means KVM, everything else TCG.
     #[arg(long, default_value = "auto")]
     accel: String,
     /// Folder of the scenarios [default: the project's].
@@ -56,6 +60,15 @@ struct Arguments {
     /// Keep the files of passed runs too.
     #[arg(long)]
     keep: bool,
+}
+
+/// `--vmm`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+enum Vmm {
+    /// `mana-vmm boot`.
+    BuiltIn,
+    /// QEMU and `mana-vmm serve`.
+    Qemu,
 }
 
 fn main() -> ExitCode {
@@ -72,8 +85,13 @@ fn main() -> ExitCode {
 /// Did all pass that were run?
 fn run(arguments: &Arguments) -> Result<bool> {
     let jobs = plan(arguments)?;
+    let lane = match arguments.vmm {
+        Vmm::BuiltIn => Lane::BuiltIn,
+        Vmm::Qemu if arguments.list => Lane::Qemu(PathBuf::new()),
+        Vmm::Qemu => Lane::Qemu(qemu::find()?),
+    };
     if arguments.list {
-        jobs.iter().for_each(|job| println!("{:40} {}", job.name(), first_line(&job.scenario.story)));
+        jobs.iter().for_each(|job| println!("{:40} {}", job.name(&lane), first_line(&job.scenario.story)));
         return Ok(true);
     }
     let program = env::current_exe().context("can't tell where guest-tests itself lies")?;
@@ -83,6 +101,7 @@ fn run(arguments: &Arguments) -> Result<bool> {
         .with_context(|| format!("--report {}", arguments.report.display()))?;
     let settings = Settings {
         vmm,
+        lane,
         driver: arguments.driver.clone(),
         accel: arguments.accel.clone(),
         artefacts: arguments.report.clone(),
@@ -92,7 +111,7 @@ fn run(arguments: &Arguments) -> Result<bool> {
         arguments.jobs.or_else(|| thread::available_parallelism().ok().map(usize::from)).unwrap_or(1);
     println!("{} runs, {at_once} at a time", jobs.len());
     let results = run_all(&jobs, &settings, at_once, arguments.keep);
-    report::write_junit(&arguments.report, &results)?;
+    report::write_junit(&arguments.report, &settings, &results)?;
     println!("{}", report::closing_line(&results, start.elapsed()));
     Ok(!results.iter().any(|(_, outcome)| matches!(outcome.verdict, Verdict::Failed(_))))
 }
@@ -120,9 +139,11 @@ fn plan(arguments: &Arguments) -> Result<Vec<Job>> {
             (series.clone(), guest)
         })
         .collect();
+    // What the command line alone decides is no matter of lanes, and tested in our own.
+    let is_for_lane = |scenario: &Scenario| scenario.has_guest() || arguments.vmm == Vmm::BuiltIn;
     Ok(all
         .iter()
-        .filter(|scenario| is_wanted(scenario))
+        .filter(|scenario| is_wanted(scenario) && is_for_lane(scenario))
         .flat_map(|scenario| jobs(scenario, &guests))
         .collect())
 }

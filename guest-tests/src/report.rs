@@ -12,7 +12,8 @@ use crate::run::{Job, Outcome, Settings, Verdict};
 /// Prints how a job went.
 pub fn print(job: &Job, outcome: &Outcome, settings: &Settings, done: usize, all: usize) {
     let seconds = outcome.duration.as_secs_f64();
-    let line = |word: &str| println!("{word:>5} [{seconds:6.1}s] ({done}/{all}) {}", job.name());
+    let line =
+        |word: &str| println!("{word:>5} [{seconds:6.1}s] ({done}/{all}) {}", job.name(&settings.lane));
     match &outcome.verdict {
         Verdict::Passed => line("PASS"),
         Verdict::Failed(problems) => {
@@ -50,7 +51,7 @@ pub fn closing_line(results: &[(Job, Outcome)], duration: Duration) -> String {
 }
 
 /// Writes `junit.xml` into `folder`.
-pub fn write_junit(folder: &Path, results: &[(Job, Outcome)]) -> Result<()> {
+pub fn write_junit(folder: &Path, settings: &Settings, results: &[(Job, Outcome)]) -> Result<()> {
     let mut suite = TestSuite::new("guest-tests");
     for (job, outcome) in results {
         let status = match &outcome.verdict {
@@ -66,7 +67,7 @@ pub fn write_junit(folder: &Path, results: &[(Job, Outcome)]) -> Result<()> {
                 status
             }
         };
-        let mut case = TestCase::new(job.name(), status);
+        let mut case = TestCase::new(job.name(&settings.lane), status);
         case.set_time(outcome.duration);
         if let Some(reason) = &outcome.repeated {
             case.set_system_out(format!("run a second time, since {reason}"));

@@ -12,7 +12,7 @@ use crate::guest::Guest;
 use crate::model::{self, Limits, Topology};
 use crate::scenario::{DiskCheck, Scenario, Step};
 use crate::trace::Trace;
-use crate::{json, transcript};
+use crate::{json, qemu, transcript};
 
 /// Exit codes of `mana-vmm boot` that tell of the guest's death.
 const GUEST_DIED: [i32; 2] = [2, 3];
@@ -21,11 +21,22 @@ const DISK_SIZE: u64 = 16 << 20;
 /// How `mana-vmm` begins its sentence when the machine around the guest's died, the guest not being to blame.
 const EMULATOR_DIED: &str = "the emulated machine (level 1)";
 
+/// Which VMM the guest runs under.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Lane {
+    /// `mana-vmm boot`.
+    BuiltIn,
+    /// This QEMU, with the device behind vfio-user.
+    Qemu(PathBuf),
+}
+
 /// What all runs share.
 #[derive(Clone, Debug)]
 pub struct Settings {
-    /// The program.
+    /// `mana-vmm`.
     pub vmm: PathBuf,
+    /// `--vmm`.
+    pub lane: Lane,
     /// `--driver`.
     pub driver: Option<PathBuf>,
     /// `--accel`.
@@ -66,24 +77,31 @@ pub struct Outcome {
 }
 
 impl Job {
-    /// Scenario, case and guest.
-    pub fn name(&self) -> String {
+    /// Scenario, case, guest, and the lane unless it is our own.
+    pub fn name(&self, lane: &Lane) -> String {
         let guest = self.guest.as_ref().and_then(|guest| guest.as_ref().ok());
-        guest.map_or_else(
-            || self.scenario.name.clone(),
-            |guest| format!("{} on {}", self.scenario.name, guest.series),
-        )
+        let name = &self.scenario.name;
+        match (guest, lane) {
+            (None, _) => name.clone(),
+            (Some(guest), Lane::BuiltIn) => format!("{name} on {}", guest.series),
+            (Some(guest), Lane::Qemu(_)) => format!("{name} on {} under QEMU", guest.series),
+        }
+    }
+
+    /// Why there is nothing to run.
+    fn skipped(&self, settings: &Settings) -> Option<String> {
+        if let Some(Err(reason)) = &self.guest {
+            return Some(reason.clone());
+        }
+        let own_vmm_only = self.scenario.built_in_only.as_ref()?;
+        (settings.lane != Lane::BuiltIn).then(|| format!("for the built-in VMM only: {own_vmm_only}"))
     }
 
     /// Runs it, once more if the ground broke under it: level 1 died, or the guest before its driver was loaded.
     pub fn run(&self, settings: &Settings) -> Outcome {
         let start = Instant::now();
-        if let Some(Err(reason)) = &self.guest {
-            return Outcome {
-                verdict: Verdict::Skipped(reason.clone()),
-                duration: start.elapsed(),
-                repeated: None,
-            };
+        if let Some(reason) = self.skipped(settings) {
+            return Outcome { verdict: Verdict::Skipped(reason), duration: start.elapsed(), repeated: None };
         }
         let mut result = self.attempt(settings);
         let repeated = result.as_ref().ok().and_then(Run::broken_ground);
@@ -91,7 +109,7 @@ impl Job {
             result = self.attempt(settings);
         }
         let problems = match &result {
-            Ok(run) => self.problems(run, &self.folder(settings)),
+            Ok(run) => self.problems(run, &settings.lane, &self.folder(settings)),
             Err(error) => vec![format!("{error:#}")],
         };
         let verdict = if problems.is_empty() { Verdict::Passed } else { Verdict::Failed(problems) };
@@ -101,7 +119,7 @@ impl Job {
     /// Folder of this run's files.
     pub fn folder(&self, settings: &Settings) -> PathBuf {
         let name: String = self
-            .name()
+            .name(&settings.lane)
             .chars()
             .map(|c| if c.is_alphanumeric() || ".-".contains(c) { c } else { '_' })
             .collect();
@@ -116,6 +134,9 @@ impl Job {
             let disk = disk_file(&folder, number);
             fs::write(&disk, text)
                 .and_then(|()| File::options().write(true).open(&disk)?.set_len(DISK_SIZE))?;
+        }
+        if let (Lane::Qemu(program), Some(Ok(guest))) = (&settings.lane, &self.guest) {
+            return self.attempt_under_qemu(settings, program, guest, &folder);
         }
         let arguments = self.arguments(settings, &folder);
         fs::write(folder.join("command"), shell_line(&settings.vmm, &arguments))?;
@@ -137,6 +158,29 @@ impl Job {
             stderr: text("stderr"),
             trace: Trace::read(&folder.join("trace.jsonl"))?,
         })
+    }
+
+    fn attempt_under_qemu(
+        &self,
+        settings: &Settings,
+        program: &Path,
+        guest: &Guest,
+        folder: &Path,
+    ) -> Result<Run> {
+        let output = qemu::run(&qemu::Order {
+            vmm: &settings.vmm,
+            qemu: program,
+            series: &guest.series,
+            driver: settings.driver.as_deref(),
+            kvm: settings.accel == "kvm",
+            machine: &self.scenario.machine,
+            exec: &transcript::script(&all_steps(&self.scenario)),
+            folder,
+        })?;
+        let qemu::Output { code, stdout, stderr } = output;
+        fs::write(folder.join("stdout"), &stdout)?;
+        fs::write(folder.join("stderr"), &stderr)?;
+        Ok(Run { code, stdout, stderr, trace: Trace::read(&folder.join("trace.jsonl"))? })
     }
 
     fn arguments(&self, settings: &Settings, folder: &Path) -> Vec<String> {
@@ -168,7 +212,7 @@ impl Job {
     }
 
     /// All that was not as expected.
-    fn problems(&self, run: &Run, folder: &Path) -> Vec<String> {
+    fn problems(&self, run: &Run, lane: &Lane, folder: &Path) -> Vec<String> {
         let expect = &self.scenario.expect;
         let mut problems = Vec::new();
         let mut note = |result: Result<()>| problems.extend(result.err().map(|error| format!("{error:#}")));
@@ -191,6 +235,9 @@ impl Job {
         }
         if expect.ledger_empty {
             note(run.check_ledger());
+        }
+        if *lane != Lane::BuiltIn {
+            note(run.check_teardown());
         }
         expect.trace.iter().for_each(|check| note(run.trace.check(check)));
         expect.disk.iter().for_each(|check| note(check_disk(folder, check)));
@@ -290,15 +337,22 @@ impl Run {
         bail!("exit code {}, not {wanted}: {last}", self.code)
     }
 
-    fn check_ledger(&self) -> Result<()> {
+    /// When a client leaves, the server takes everything down, whatever the guest has left.
+    fn check_teardown(&self) -> Result<()> {
         let live = self.trace.live_at_end()?;
+        ensure!(live.is_empty(), "the server still holds {} after its client has left", live.join(", "));
+        Ok(())
+    }
+
+    fn check_ledger(&self) -> Result<()> {
+        let live = self.trace.left_by_guest()?;
         ensure!(live.is_empty(), "the ledger holds {} at the end", live.join(", "));
         Ok(())
     }
 }
 
 /// The command as one can paste it into a shell.
-fn shell_line(program: &Path, arguments: &[String]) -> String {
+pub fn shell_line(program: &Path, arguments: &[String]) -> String {
     let quoted = |word: &String| format!("'{}'", word.replace('\'', r"'\''"));
     let words: Vec<String> = [program.display().to_string()].iter().chain(arguments).map(quoted).collect();
     words.join(" ") + "\n"

@@ -24,6 +24,8 @@ pub struct Scenario {
     pub guests: Vec<String>,
     /// Only for drivers that take their vectors in this way.
     pub vectors: Option<Growth>,
+    /// Why it says nothing under another VMM than the built-in one, if it doesn't.
+    pub built_in_only: Option<String>,
     /// `mana-vmm` is called with exactly these arguments; no guest runs.
     #[serde(default)]
     pub arguments: Vec<String>,

@@ -1,6 +1,6 @@
 //! The device's trace, as `mana-vmm boot --trace` writes it, and checks on the order of its events.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs::File;
 use std::io::{BufRead, BufReader};
 use std::path::Path;
@@ -9,6 +9,9 @@ use anyhow::{Context, Result, bail, ensure};
 use serde_json::{Map, Value};
 
 use crate::scenario::TraceCheck;
+
+/// Detail of the `host.event` with which `mana-vmm serve` begins to take down what a client has left.
+const CLIENT_LEFT: &str = "the client has left";
 
 /// Events in the order in which they happened.
 #[derive(Debug, Default)]
@@ -38,15 +41,19 @@ impl Trace {
 
     /// Kinds of objects that are alive at the end, with their numbers; of every device if there are several.
     pub fn live_at_end(&self) -> Result<Vec<String>> {
-        let ledgers = self.0.iter().filter(|event| event["event"] == "ledger");
-        let last: BTreeMap<Option<u64>, _> =
-            ledgers.map(|event| (event.get("device").and_then(Value::as_u64), event)).collect();
-        ensure!(!last.is_empty(), "the trace has no ledger");
-        let counts = last.values().flat_map(|ledger| ledger.iter());
-        let live = counts.filter(|(name, value)| {
-            !["event", "t_ns", "device"].contains(&name.as_str()) && value.as_u64() != Some(0)
-        });
-        Ok(live.map(|(name, value)| format!("{name} {value}")).collect())
+        live(self.0.iter())
+    }
+
+    /// The same before anybody but the guest itself cleans up: a server says when it begins to.
+    pub fn left_by_guest(&self) -> Result<Vec<String>> {
+        let mut gone = BTreeSet::new();
+        live(self.0.iter().filter(|event| {
+            let device = event.get("device").and_then(Value::as_u64);
+            if event.get("detail").is_some_and(|detail| detail == CLIENT_LEFT) {
+                gone.insert(device);
+            }
+            !gone.contains(&device)
+        }))
     }
 
     /// Holds `check`?
@@ -99,6 +106,19 @@ impl Trace {
     fn show(&self, at: Option<usize>) -> String {
         at.map(|at| Value::Object(self.0[at].clone()).to_string()).unwrap_or_default()
     }
+}
+
+/// What the last ledger of each device among `events` holds.
+fn live<'a>(events: impl Iterator<Item = &'a Map<String, Value>>) -> Result<Vec<String>> {
+    let ledgers = events.filter(|event| event["event"] == "ledger");
+    let last: BTreeMap<Option<u64>, _> =
+        ledgers.map(|event| (event.get("device").and_then(Value::as_u64), event)).collect();
+    ensure!(!last.is_empty(), "the trace has no ledger");
+    let counts = last.values().flat_map(|ledger| ledger.iter());
+    let live = counts.filter(|(name, value)| {
+        !["event", "t_ns", "device"].contains(&name.as_str()) && value.as_u64() != Some(0)
+    });
+    Ok(live.map(|(name, value)| format!("{name} {value}")).collect())
 }
 
 /// An event's name, and conditions on its fields.
@@ -198,5 +218,18 @@ mod tests {
     fn the_ledger_lists_what_is_left() {
         assert_eq!(trace().live_at_end().unwrap(), ["regions 2"]);
         assert!(Trace::default().live_at_end().is_err());
+    }
+
+    #[test]
+    fn what_a_server_takes_down_was_left_by_the_guest() {
+        let events = [
+            json!({"event": "ledger", "device": 0, "queues": 1}),
+            json!({"event": "ledger", "device": 1, "queues": 0}),
+            json!({"event": "host.event", "device": 0, "detail": CLIENT_LEFT}),
+            json!({"event": "ledger", "device": 0, "queues": 0}),
+        ];
+        let trace = Trace(events.into_iter().map(|event| event.as_object().unwrap().clone()).collect());
+        assert_eq!(trace.left_by_guest().unwrap(), ["queues 1"]);
+        assert!(trace.live_at_end().unwrap().is_empty());
     }
 }
