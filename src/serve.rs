@@ -12,6 +12,7 @@ use vm_memory::{GuestMemoryAtomic, GuestMemoryMmap};
 use crate::clock::MonotonicClock;
 use crate::config::ServeConfig;
 use crate::events::{EventLoop, Signals, StopListener, Timeout};
+use crate::net::Exchange;
 use crate::nic::{Nic, Surroundings};
 use crate::stop::{Outcome, Stop};
 use crate::trace::TraceFile;
@@ -37,8 +38,10 @@ pub fn run(config: &ServeConfig) -> anyhow::Result<ExitCode> {
     if let Some(after) = config.timeout {
         events.add_subscriber(Box::new(Timeout::new(after, stop.clone())?));
     }
+    let cables = Exchange::new(clock.clone());
     let around = Surroundings {
         netdevs: &config.netdevs,
+        cables: &cables,
         functions: config.nics.len(),
         cpus: None,
         clock: &clock,

@@ -55,7 +55,11 @@ impl ServeArgs {
         }
         let topology = Topology { cpus: 1, threads: 1, cores: 1, sockets: 1, nodes: 1 };
         let mut netdevs = options::netdevs(&self.netdev)?;
-        let nics = options::devices(&self.device, &mut netdevs, &topology)?;
+        let (nics, virtio) = options::devices(&self.device, &mut netdevs, &topology)?;
+        if !virtio.is_empty() {
+            let reason = "virtio-net is not served: QEMU and others have their own".to_owned();
+            return Err(OptionError::new("--device", reason));
+        }
         options::pcaps(&self.pcap, &mut netdevs)?;
         Ok(ServeConfig {
             sockets: self.socket,

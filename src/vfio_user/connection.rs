@@ -45,7 +45,7 @@ fn work(
     replies: &mut Vec<u8>,
 ) -> anyhow::Result<()> {
     frames.received(bytes, descriptors)?;
-    while let Some(frame) = frames.next()? {
+    while let Some(frame) = frames.next_frame()? {
         session.handle(frame, replies)?;
         if replies.len() > MAX_WAITING {
             send(stream, replies)?;

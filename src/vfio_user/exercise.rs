@@ -129,7 +129,7 @@ impl Exercise {
                 return false;
             }
             loop {
-                let Ok(frame) = frames.next() else { return false };
+                let Ok(frame) = frames.next_frame() else { return false };
                 let Some(frame) = frame else { break };
                 let (header, before) = (frame.header, replies.len());
                 let handled = session.handle(frame, replies);

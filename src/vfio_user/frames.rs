@@ -95,7 +95,7 @@ impl Frames {
     ///
     /// # Errors
     /// [`Broken`] when no border can be trusted any more.
-    pub fn next(&mut self) -> Result<Option<Frame<'_>>, Broken> {
+    pub fn next_frame(&mut self) -> Result<Option<Frame<'_>>, Broken> {
         let waiting = &self.buffer[self.start..self.end];
         let Ok((header, _)) = Header::read_from_prefix(waiting) else { return Ok(None) };
         let size = header.size.get();
@@ -143,7 +143,7 @@ mod tests {
     /// Ids, payload lengths and descriptors of all whole messages.
     fn drain(frames: &mut Frames) -> Vec<(u16, usize, usize)> {
         let mut seen = Vec::new();
-        while let Some(frame) = frames.next().unwrap() {
+        while let Some(frame) = frames.next_frame().unwrap() {
             seen.push((frame.header.id.get(), frame.payload.len(), frame.descriptors.len()));
         }
         seen
@@ -195,7 +195,7 @@ mod tests {
         {
             let mut frames = Frames::default();
             feed(&mut frames, &message(1, size, &[]), 0).unwrap();
-            assert_eq!(frames.next().unwrap_err(), broken);
+            assert_eq!(frames.next_frame().unwrap_err(), broken);
         }
         let mut frames = Frames::default();
         feed(&mut frames, b"x", 200).unwrap();

@@ -148,7 +148,7 @@ mod tests {
         fcntl_setfl(&event, OFlags::empty()).unwrap();
         std::thread::scope(|scope| {
             let worker = scope.spawn(|| all.fire(0));
-            std::thread::sleep(std::time::Duration::from_millis(50));
+            std::thread::sleep(Duration::from_millis(50));
             assert!(!worker.is_finished(), "it should be waiting");
             all.clear();
             worker.join().unwrap();

@@ -251,7 +251,7 @@ impl Session {
         match (flags & !irq::ACTION_TRIGGER, data.len(), descriptors.len()) {
             // All are taken back.
             (irq::DATA_NONE, 0, 0) if count == 0 => {
-                (0..vectors).try_for_each(|vector| self.take_vector(vector))?
+                (0..vectors).try_for_each(|vector| self.take_vector(vector))?;
             }
             (irq::DATA_NONE, 0, 0) => (start..end).for_each(|vector| self.fire(vector)),
             (irq::DATA_BOOL, length, 0) if length == count as usize => {
@@ -306,7 +306,7 @@ impl Session {
         out.resize(start + access.count.get() as usize, 0xff);
         match place {
             Place::Config(at) => {
-                pieces(at, &mut out[start..], |at, piece| self.device.config_read(at, piece))
+                pieces(at, &mut out[start..], |at, piece| self.device.config_read(at, piece));
             }
             Place::Bar(bar, at) if self.decodes => {
                 if let Err(error) = self.device.bar_read(bar, at, &mut out[start..]) {
@@ -353,7 +353,7 @@ impl Session {
                 let mut data = data.to_vec();
                 let mut changed = false;
                 pieces(at, &mut data, |at, piece| {
-                    changed |= self.device.config_write(at, piece).bars_changed
+                    changed |= self.device.config_write(at, piece).bars_changed;
                 });
                 if changed {
                     self.decodes = self.device.memory_enabled();

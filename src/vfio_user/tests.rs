@@ -590,7 +590,7 @@ fn any_message() -> impl Strategy<Value = (Vec<u8>, usize, u8)> {
         .to_vec()),
         (long(), 0..10_u32, prop_oneof![0..9_u32, any::<u32>()], prop::collection::vec(any::<u8>(), 0..9))
             .prop_map(
-                |(at, region, count, data)| [at.as_bytes(), &[region, count].as_bytes(), &data].concat()
+                |(at, region, count, data)| [at.as_bytes(), [region, count].as_bytes(), &data].concat()
             ),
         prop::collection::vec(any::<u8>(), 0..200),
     ];
