@@ -1,19 +1,26 @@
-//! A running card, and the rings of a driver that spends as little as a driver can.
+//! A driver that spends as little as a driver can, for benchmarks and for tests with many threads.
 //!
-//! The card is brought up by the test driver, command by command. Then [`Send`], [`Receive`] and [`Channel`] take
-//! its rings over: they write WQEs and read completions in guest memory, byte for byte what `mana.ko` writes and
-//! reads, and nothing else, so that what is timed is the card.
+//! The card is brought up by [`Driver`], command by command. Then [`Send`], [`Receive`] and [`Channel`] take its rings
+//! over: they write WQEs and read completions in guest memory, byte for byte what `mana.ko` writes and reads, and
+//! nothing else, so that what is timed is the card.
 
 use mana_device::config::{DeviceConfig, VportConfig};
 use mana_device::doors::{PortCapabilities, RxChecksum, RxFrame, Work};
 use mana_device::{ManaDevice, Ran};
-use mana_test_driver::memory::RingMemory;
-use mana_test_driver::queues::DoorbellPage;
-use mana_test_driver::queues::doorbell::{CQ, EQ, RQ, SQ};
-use mana_test_driver::smc::Establish;
-use mana_test_driver::{DeviceId, Driver, RxSteering, V6_12, World};
 use std::sync::atomic::Ordering::{Acquire, Relaxed};
 use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryMmap, VolatileSlice};
+
+use crate::driver::Driver;
+use crate::gdma::DeviceId;
+use crate::generation::V6_12;
+use crate::mana::RxSteering;
+use crate::memory::RingMemory;
+use crate::message::{Request, Response};
+use crate::netdev::{RxRing, TxRing};
+use crate::queues::DoorbellPage;
+use crate::queues::doorbell::{CQ, EQ, RQ, SQ};
+use crate::smc::Establish;
+use crate::world::World;
 
 /// What a worker lets a queue do before the next has its turn (`BUDGET` of the VMM's workers).
 const BUDGET: usize = 64;
@@ -69,7 +76,10 @@ impl Machine {
     pub fn counter(&self, name: &str) -> u64 {
         self.world.counter(name)
     }
-    /// `bytes`, somewhere in guest memory.
+    /// Put `bytes` somewhere into guest memory; the answer is where and how many.
+    pub fn placed(&self, bytes: &[u8]) -> (u64, u32) {
+        (self.place(bytes), bytes.len() as u32)
+    }
     fn place(&self, bytes: &[u8]) -> u64 {
         let at = self.world.memory.alloc(bytes.len() as u64).address();
         self.world.memory.write(at, bytes);
@@ -79,7 +89,7 @@ impl Machine {
     pub fn senders(&self, frames: &[Vec<u8>]) -> Vec<Send> {
         let key = self.driver.registration.gpa_mkey;
         let netdev = &self.driver.netdevs[0];
-        let sender = |(queue, (frames, ring)): (usize, (&[Vec<u8>], &mana_test_driver::TxRing))| {
+        let sender = |(queue, (frames, ring)): (usize, (&[Vec<u8>], &TxRing))| {
             let oob = u64::from(ring.cq) << 8 | u64::from(netdev.vport_offset) << 56;
             let oob = oob | u64::from(ring.wq.id >> 10 & 0x3fff) << 42;
             let wqes = frames.iter().map(|frame| wqe(oob, self.place(frame), key, frame.len() as u32));
@@ -103,7 +113,7 @@ impl Machine {
     }
     /// The receive queues, their rings full of buffers.
     pub fn receivers(&self) -> Vec<Receive> {
-        let receiver = |ring: &mana_test_driver::RxRing| {
+        let receiver = |ring: &RxRing| {
             let memory = self.ring(ring.wq.ring());
             let wqes = (0..memory.len() as u32 / WQE).map(|slot| {
                 let mut wqe = [0; WQE as usize];
@@ -137,7 +147,7 @@ impl Machine {
     /// Index of the receive queue that gets a flow whose hash input is `input`.
     pub fn queue_of(&self, input: &[u8]) -> usize {
         let netdev = &self.driver.netdevs[0];
-        let hash = mana_test_driver::packet::toeplitz(&netdev.key, input) as usize;
+        let hash = crate::packet::toeplitz(&netdev.key, input) as usize;
         netdev.table[hash % netdev.table.len()]
     }
     fn ring(&self, ring: &RingMemory) -> VolatileSlice<'static> {
@@ -394,15 +404,20 @@ pub fn offered(frames: &[Vec<u8>], checksum: RxChecksum) -> Vec<RxFrame<'_>> {
     frames.iter().map(|bytes| RxFrame { bytes, checksum }).collect()
 }
 
-/// The hardware channel from its driver's side, with GDMA_QUERY_MAX_RESOURCES in its request page.
+/// The hardware channel from its driver's side.
 pub struct Channel {
     device: &'static ManaDevice,
     sq: VolatileSlice<'static>,
     sq_tail: u32,
     rq: VolatileSlice<'static>,
     rq_tail: u32,
-    request: [u8; 64],
+    key: u32,
+    request: VolatileSlice<'static>,
+    request_address: u64,
+    response: VolatileSlice<'static>,
+    response_len: usize,
     buffer: [u8; 32],
+    wqe: [u8; 64],
     page: DoorbellPage,
     events: Events,
     completions: Completions,
@@ -412,16 +427,18 @@ impl Channel {
     /// Bytes of each ring.
     const RING: u32 = 4096;
 
-    /// A channel of its own, established a second time over the test driver's.
-    pub fn new() -> Self {
-        let world: &'static World =
-            Box::leak(Box::new(World::unobserved(DeviceConfig::default(), 2, PortCapabilities::default())));
+    /// A channel of its own to the card of `world`, established over the test driver's; nothing else is there. The
+    /// caller runs the card from now on.
+    ///
+    /// # Panics
+    /// The card does not do as a card does.
+    pub fn establish(world: &'static World) -> Self {
         let memory = Box::leak(Box::new(world.memory.mmap()));
         let driver = Driver::probe_hwc(world, &V6_12).expect("the driver loads");
         let key = driver.init_data().gpa_mkey.expect("a memory key");
         world.run_by_hand();
-        let page_of = || world.memory.alloc(u64::from(Self::RING)).address();
-        let [eq, cq, rq, sq, request, response] = std::array::from_fn(|_| page_of());
+        let [eq, cq, rq, sq, request, response] =
+            std::array::from_fn(|_| world.memory.alloc(u64::from(Self::RING)).address());
         driver.smc().establish(&Establish { eq, cq, rq, sq, msix: 0 }).expect("a second channel");
         std::mem::forget(driver);
         let slice = |address| {
@@ -429,36 +446,36 @@ impl Channel {
             memory.get_slice(GuestAddress(address), Self::RING as usize).expect("RAM")
         };
         let device = &world.device;
-        let zone = read_register(device, 0x08);
-        let page = DoorbellPage { offset: zone };
-        let message = mana_test_driver::message::Request::new(2, DeviceId::NONE, 40, 72).bytes().to_vec();
-        world.memory.write(request, &message);
-        let mut wqe_request = [0; 64];
-        wqe_request[4..8].copy_from_slice(&(1_u32 | 6 << 8).to_le_bytes());
-        wqe_request[32..48].copy_from_slice(&wqe(0, request, key, message.len() as u32)[16..]);
+        let page = DoorbellPage { offset: read_register(device, 0x08) };
         let entries = Self::RING / CQE;
-        let completions = Completions { device, ring: slice(cq), entries, head: entries, id: 0, page };
+        let events = Events {
+            device,
+            ring: slice(eq),
+            entries: Self::RING / EQE,
+            head: Self::RING / EQE,
+            id: 0,
+            page,
+        };
         let mut channel = Self {
             device,
             sq: slice(sq),
             sq_tail: 0,
             rq: slice(rq),
             rq_tail: 0,
-            request: wqe_request,
+            key,
+            request: slice(request),
+            request_address: request,
+            response: slice(response),
+            response_len: 0,
             buffer: wqe(0, response, key, 4096),
+            wqe: [0; 64],
             page,
-            events: Events {
-                device,
-                ring: slice(eq),
-                entries: Self::RING / EQE,
-                head: Self::RING / EQE,
-                id: 0,
-                page,
-            },
-            completions,
+            events,
+            completions: Completions { device, ring: slice(cq), entries, head: entries, id: 0, page },
         };
         channel.events.handle();
         channel.post_buffer();
+        channel.prepare(&Request::new(crate::gdma::code::QUERY_MAX_RESOURCES, DeviceId::NONE, 40, 72));
         channel
     }
     fn post_buffer(&mut self) {
@@ -467,11 +484,23 @@ impl Channel {
         self.rq_tail = self.rq_tail.wrapping_add(WQE);
         ring(self.device, self.page, RQ, 0, self.rq_tail);
     }
+    /// Have `request` ready to be posted, again and again.
+    ///
+    /// # Panics
+    /// It is longer than a page.
+    pub fn prepare(&mut self, request: &Request) {
+        let bytes = request.bytes();
+        self.request.write_slice(bytes, 0).expect("a request fits a page");
+        self.response_len = request.response_len();
+        self.wqe[4..8].copy_from_slice(&(1_u32 | 6 << 8).to_le_bytes());
+        let sge = wqe(0, self.request_address, self.key, bytes.len() as u32);
+        self.wqe[32..48].copy_from_slice(&sge[16..]);
+    }
     /// Write the send WQE and ring.
     pub fn post(&mut self) {
         let at = (self.sq_tail & (Self::RING - 1)) as usize;
-        self.sq.subslice(at, self.request.len()).expect("inside").copy_from(&self.request);
-        self.sq_tail = self.sq_tail.wrapping_add(self.request.len() as u32);
+        self.sq.subslice(at, self.wqe.len()).expect("inside").copy_from(&self.wqe);
+        self.sq_tail = self.sq_tail.wrapping_add(self.wqe.len() as u32);
         ring(self.device, self.page, SQ, 0, self.sq_tail);
     }
     /// What the card's worker does.
@@ -480,23 +509,42 @@ impl Channel {
     }
     /// Wait for the event and both completions, give the buffer back, arm both queues.
     pub fn reap(&mut self) {
+        self.reap_waiting(std::hint::spin_loop);
+    }
+    fn reap_waiting(&mut self, wait: fn()) {
         let mut seen = 0;
         while seen < 2 {
             match self.completions.next() {
                 Some(_) => seen += 1,
-                None => std::hint::spin_loop(),
+                None => wait(),
             }
         }
         while self.events.next().is_none() {
-            std::hint::spin_loop();
+            wait();
         }
         self.post_buffer();
         self.completions.ring(true);
         self.events.handle();
     }
+    /// Send `request`, which somebody else's thread answers, and wait for the response.
+    ///
+    /// # Panics
+    /// It is longer than a page.
+    pub fn exchange(&mut self, request: &Request) -> Response {
+        self.prepare(request);
+        self.post();
+        self.reap_waiting(std::thread::yield_now);
+        let mut bytes = vec![0; self.response_len];
+        self.response.read_slice(&mut bytes, 0).expect("a response fits a page");
+        Response::new(bytes, self.response_len)
+    }
     /// The card.
     pub fn device(&self) -> &'static ManaDevice {
         self.device
+    }
+    /// Doorbell page `index`.
+    pub fn doorbell_page(&self, index: u32) -> DoorbellPage {
+        DoorbellPage { offset: self.page.offset + 4096 * u64::from(index) }
     }
 }
 
@@ -505,9 +553,4 @@ fn read_register(device: &ManaDevice, offset: u64) -> u64 {
     let mut data = [0; 8];
     device.bar_read(0, offset, &mut data).expect("a register");
     u64::from_le_bytes(data)
-}
-
-/// Where `bytes` were put in the memory of `machine`.
-pub fn placed(machine: &Machine, bytes: &[u8]) -> (u64, u32) {
-    (machine.place(bytes), bytes.len() as u32)
 }

@@ -17,18 +17,18 @@
 //! and sends an interrupt. `asleep` runs the card on another thread that sleeps in between: what is shown is mostly the host's
 //! time to wake it.
 
-mod machine;
-
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use criterion::measurement::WallTime;
 use criterion::{BenchmarkGroup, BenchmarkId, Criterion, Throughput, criterion_group, criterion_main};
-use machine::{Channel, Machine, offered, placed};
 use mana_device::ManaDevice;
+use mana_device::config::DeviceConfig;
 use mana_device::doors::{PortCapabilities, RxChecksum, Work};
 use mana_device::steer::Toeplitz;
+use mana_test_driver::World;
+use mana_test_driver::lean::{Channel, Machine, Receive, offered};
 use mana_test_driver::packet::{Flow, Protocol};
 use std::hint::black_box;
 
@@ -86,7 +86,8 @@ fn doorbells(criterion: &mut Criterion) {
 }
 
 fn channel(criterion: &mut Criterion) {
-    let mut channel = Channel::new();
+    let world = World::unobserved(DeviceConfig::default(), 2, PortCapabilities::default());
+    let mut channel = Channel::establish(Box::leak(Box::new(world)));
     let mut group = group(criterion, "hwc_roundtrip");
     group.bench_function("own loop", |bencher| {
         bencher.iter(|| {
@@ -235,7 +236,7 @@ fn receive_in(
             while delivered < total {
                 delivered += machine.deliver(turns.next().expect("endless"));
             }
-            let got: u32 = receivers.iter_mut().map(machine::Receive::poll).sum();
+            let got: u32 = receivers.iter_mut().map(Receive::poll).sum();
             assert_eq!(got as usize, total, "every frame arrives");
         });
     });
@@ -268,11 +269,11 @@ fn segmentation(criterion: &mut Criterion) {
         ("left to the port", PortCapabilities { checksum: true, segmentation: true }),
     ] {
         let machine = Machine::new(1, capabilities);
-        let payload = placed(&machine, &vec![0x5a; 45 * MSS]);
+        let payload = machine.placed(&vec![0x5a; 45 * MSS]);
         let mut header = Flow::v4([2, 0, 0, 0, 0, 1], 1).partial_frame(Protocol::Tcp, &[]);
         header[16..18].fill(0);
         header[24..26].fill(0);
-        let header = placed(&machine, &header);
+        let header = machine.placed(&header);
         let sender = machine.senders(&[vec![0; 60]]).pop().expect("a queue");
         // is_outer_ipv4, comp_iphdr_csum, comp_tcp_csum.
         let mut sender = sender.with_oob(1 << 2 | 1 << 4 | 1 << 5, 34);
