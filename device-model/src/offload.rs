@@ -279,7 +279,7 @@ mod tests {
         make_partial(&mut inner);
         let mut frame = udp4(&[&[0; 8], &inner[..]].concat()); // VXLAN-like: 8 bytes, then a frame
         let at = frame.len() - inner.len();
-        let oob = oob().ipv4().encapsulated_ipv6(at as u32 + 14).udp().build();
+        let oob = oob().ipv4().inner(at as u32 + 14, true).udp().build();
         TxChecksums::locate(&oob, &frame).unwrap().fill(&mut frame).unwrap();
         assert_eq!(frame[at..], inner_right);
     }

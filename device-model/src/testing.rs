@@ -70,8 +70,9 @@ impl OobBuilder {
     pub fn udp(self) -> Self {
         self.with(0, 1 << 6)
     }
-    pub fn encapsulated_ipv6(self, inner_ip: u32) -> Self {
-        self.with(0, TxOob::FORMAT_LONG).with(2, 0b11).with(3, (inner_ip - 14) | (14 << 10))
+    /// Offloads are for what is at byte `inner_ip`, IPv6 if `v6`.
+    pub fn inner(self, inner_ip: u32, v6: bool) -> Self {
+        self.with(0, TxOob::FORMAT_LONG).with(2, 1 | u32::from(v6) << 1).with(3, (inner_ip - 14) | (14 << 10))
     }
     /// Of the queue `queue`.
     pub fn of(self, queue: &rig::DriverQueue) -> Self {

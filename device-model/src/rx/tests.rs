@@ -192,6 +192,22 @@ fn updates_leave_the_rest_as_it_is() {
 }
 
 #[test]
+fn tables_have_one_to_512_entries() {
+    let rig = rig();
+    let mut queues = rss(&rig);
+    let toeplitz = Toeplitz::new(&KEY);
+    let frame = tcp4(b"x");
+    let hash = toeplitz.hash(&frame[26..34], &frame[34..38]) as usize;
+    for entries in (0..=9).map(|bits| 1 << bits) {
+        // One entry is queue 3, the one that the hash picks.
+        let table = (0..entries).map(|entry| if entry == hash % entries { 3 } else { 1 }).collect();
+        rig.vport().configure_rx(&RxUpdate { table: Some(table), ..RxUpdate::default() }).unwrap();
+        rig.deliver(&[&frame]);
+        assert_eq!(completions(&rig, &mut queues[2]).len(), 1, "{entries} entries");
+    }
+}
+
+#[test]
 fn impossible_tables_change_nothing() {
     let rig = rig();
     let mut rq = rig.rq(1, 64);

@@ -1,6 +1,6 @@
 use std::sync::atomic::Ordering;
 
-use etherparse::SlicedPacket;
+use etherparse::{NetSlice, SlicedPacket, TransportSlice};
 use proptest::prelude::*;
 
 use super::*;
@@ -80,10 +80,13 @@ proptest! {
     }
 
     #[test]
-    fn checksums_are_made_or_left_to_the_port(payload in proptest::collection::vec(any::<u8>(), 0..1400), cuts in cuts()) {
+    fn checksums_are_made_or_left_to_the_port(
+        payload in proptest::collection::vec(any::<u8>(), 0..1400), cuts in cuts(), position in any::<u32>(),
+    ) {
         for capabilities in [NOTHING, EVERYTHING] {
             let rig = Rig::new(capabilities);
             let mut sq = rig.sq(1, 256);
+            sq.start_at(&rig, position);
             let cases = [
                 (tcp4(&payload), oob().ipv4().tcp(34), 34, 16),
                 (udp4(&payload), oob().ipv4().udp(), 34, 6),
@@ -109,9 +112,12 @@ proptest! {
     fn super_frames_are_cut(
         payload in proptest::collection::vec(any::<u8>(), 1..40_000),
         cuts in cuts(), mss in 100u32..1440, v6 in any::<bool>(), tci in proptest::option::of(0u16..0xfff),
+        position in any::<u32>(),
     ) {
         let rig = Rig::new(NOTHING);
         let mut sq = rig.sq(1, 256);
+        sq.start_at(&rig, position);
+        let at = sq.tail / 32;
         let (header, oob) = super_header(v6);
         let mut sgl = vec![sge(rig.place(&header), header.len())];
         sgl.extend(rig.scatter(&payload, &cuts));
@@ -125,11 +131,97 @@ proptest! {
             prop_assert_eq!(headers.vlan, tci);
             prop_assert!(verify(&segment, &headers, false, RxMeta::default()).checksums_ok());
             let packet = SlicedPacket::from_ethernet(&segment).unwrap();
-            let Some(etherparse::TransportSlice::Tcp(tcp)) = packet.transport else { panic!("no TCP") };
+            let Some(TransportSlice::Tcp(tcp)) = packet.transport else { panic!("no TCP") };
+            joined.extend_from_slice(tcp.payload());
+        }
+        prop_assert_eq!(joined, payload);
+        prop_assert_eq!(completions(&rig, &mut sq), [(32, at)]);
+    }
+
+    #[test]
+    fn super_frames_in_tunnels_are_cut(
+        payload in proptest::collection::vec(any::<u8>(), 1..20_000),
+        cuts in cuts(), mss in 100u32..1300, outer_v6 in any::<bool>(), v6 in any::<bool>(),
+        outer_checksum in any::<bool>(), tell in any::<bool>(),
+    ) {
+        let rig = Rig::new(EVERYTHING);
+        let mut sq = rig.sq(1, 256);
+        let (header, oob) = tunnel(outer_v6, v6, outer_checksum, tell);
+        let mut sgl = vec![sge(rig.place(&header), header.len())];
+        sgl.extend(rig.scatter(&payload, &cuts));
+        sq.post(&rig, &oob.of(&sq).bytes(), lso(mss), &sgl);
+        sq.ring(&rig);
+        rig.transmit(&sq);
+        let mut joined = Vec::new();
+        for (index, (segment, offload)) in rig.sent().into_iter().enumerate() {
+            prop_assert_eq!(offload, TxOffload::default(), "no port cuts what is in a tunnel");
+            let outer = SlicedPacket::from_ethernet(&segment).unwrap();
+            let Some(TransportSlice::Udp(udp)) = &outer.transport else { panic!("no UDP") };
+            prop_assert_eq!(usize::from(udp.length()), 8 + udp.payload().len());
+            let udp_header = udp.to_header();
+            let right = match outer.net.as_ref().unwrap() {
+                NetSlice::Ipv4(ip) => {
+                    let ip = ip.header();
+                    prop_assert_eq!(usize::from(ip.total_len()), segment.len() - 14);
+                    prop_assert_eq!(ip.header_checksum(), ip.to_header().calc_header_checksum());
+                    prop_assert_eq!(ip.identification(), 0xfff0_u16.wrapping_add(index as u16));
+                    udp_header.calc_checksum_ipv4_raw(ip.source(), ip.destination(), udp.payload())
+                }
+                NetSlice::Ipv6(ip) => {
+                    prop_assert_eq!(usize::from(ip.header().payload_length()), segment.len() - 54);
+                    let ip = ip.header();
+                    udp_header.calc_checksum_ipv6_raw(ip.source(), ip.destination(), udp.payload())
+                }
+                NetSlice::Arp(_) => unreachable!(),
+            };
+            prop_assert_eq!(udp.checksum(), if outer_checksum { right.unwrap() } else { 0 });
+            // Behind eight bytes of the tunnel's own.
+            let inner = &udp.payload()[8..];
+            prop_assert!(verify(inner, &Headers::parse(inner), false, RxMeta::default()).checksums_ok());
+            let inner = SlicedPacket::from_ethernet(inner).unwrap();
+            let Some(TransportSlice::Tcp(tcp)) = inner.transport else { panic!("no TCP") };
+            prop_assert_eq!(tcp.sequence_number(), 7 + joined.len() as u32);
             joined.extend_from_slice(tcp.payload());
         }
         prop_assert_eq!(joined, payload);
         prop_assert_eq!(completions(&rig, &mut sq), [(32, 0)]);
+    }
+
+    #[test]
+    fn checksums_in_tunnels_are_made_or_left_to_the_port(
+        payload in proptest::collection::vec(any::<u8>(), 0..1200), cuts in cuts(), outer_v6 in any::<bool>(),
+        v6 in any::<bool>(), tcp in any::<bool>(), tell in any::<bool>(),
+    ) {
+        for capabilities in [NOTHING, EVERYTHING] {
+            let rig = Rig::new(capabilities);
+            let mut sq = rig.sq(1, 256);
+            let inner = match (v6, tcp) {
+                (false, false) => udp4(&payload),
+                (false, true) => tcp4(&payload),
+                (true, false) => udp6(&payload),
+                (true, true) => tcp6(&payload),
+            };
+            let right = enclose(outer_v6, &inner);
+            let frame = enclose(outer_v6, &partial(inner.clone()));
+            let at = (frame.len() - inner.len()) as u32;
+            let transport = at + if v6 { 54 } else { 34 };
+            let oob = if outer_v6 { oob().ipv6() } else { oob().ipv4() }.inner(at + 14, v6);
+            let oob = match tcp {
+                true => oob.tcp(if tell { transport } else { 0 }),
+                false => oob.udp(),
+            };
+            let sgl = rig.scatter(&frame, &cuts);
+            sq.post(&rig, &oob.of(&sq).bytes(), 0, &sgl);
+            sq.ring(&rig);
+            rig.transmit(&sq);
+            let (sent, offload) = rig.sent().pop().unwrap();
+            let left = PartialChecksum { start: transport as u16, offset: if tcp { 16 } else { 6 } };
+            prop_assert_eq!(offload.checksum, Some(left).filter(|_| capabilities.checksum));
+            // The outer UDP checksum is over what the driver has written.
+            let tunnel = at as usize;
+            prop_assert_eq!(&sent[tunnel..], if capabilities.checksum { &frame[tunnel..] } else { &right[tunnel..] });
+            prop_assert_eq!(&sent[..tunnel], &frame[..tunnel]);
+        }
     }
 
     #[test]
@@ -160,6 +252,33 @@ proptest! {
         prop_assert_eq!(rig.sent().len(), 1);
         prop_assert_eq!(completions(&rig, &mut other), [(32, 0)]);
     }
+}
+
+/// `inner` behind eight bytes of a tunnel's own, in UDP.
+fn enclose(v6: bool, inner: &[u8]) -> Vec<u8> {
+    let payload = [&[8, 0, 0, 0, 0, 0, 5, 0], inner].concat();
+    if v6 { udp6(&payload) } else { udp4(&payload) }
+}
+
+/// Headers of a tunnel as the driver hands them over for segmentation, and their OOB, which tells where the inner TCP
+/// header is if `tell`.
+fn tunnel(outer_v6: bool, v6: bool, outer_checksum: bool, tell: bool) -> (Vec<u8>, OobBuilder) {
+    let (inner, _) = super_header(v6);
+    let mut header = enclose(outer_v6, &inner);
+    let udp = if outer_v6 { 54 } else { 34 };
+    if outer_v6 {
+        header[18..20].fill(0);
+    } else {
+        header[16..18].fill(0);
+        header[18..20].copy_from_slice(&[0xff, 0xf0]);
+        header[24..26].fill(0);
+    }
+    header[udp + 4..udp + 6].fill(0);
+    header[udp + 6..udp + 8].fill(if outer_checksum { 0x55 } else { 0 });
+    let at = (header.len() - inner.len()) as u32;
+    let transport = if tell { at + if v6 { 54 } else { 34 } } else { 0 };
+    let oob = if outer_v6 { oob().ipv6() } else { oob().ipv4() };
+    (header, oob.ip_checksum().inner(at + 14, v6).tcp(transport))
 }
 
 /// A TCP header as the driver hands it over for segmentation, and its OOB.
