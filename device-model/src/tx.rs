@@ -215,12 +215,20 @@ impl<'m> Frame<'m> {
                 return Err(Broken::MemoryKey(sge.mem_key.get()));
             }
             let len = sge.size.get() as usize;
+            if len == 0 {
+                continue;
+            }
             ram.slices(sge.address.get(), len, &mut self.buffers)?;
             self.len += len;
         }
-        let first = self.buffers.first().ok_or(Broken::NoBuffers)?;
-        if dma::load(first, 0, &mut self.head).is_none() {
-            copy(&self.buffers, &mut self.head);
+        match self.buffers.first() {
+            Some(first) if dma::load(first, 0, &mut self.head).is_some() => {}
+            Some(_) => {
+                copy(&self.buffers, &mut self.head);
+            }
+            None if sgl.is_empty() => return Err(Broken::NoBuffers),
+            // A frame of no bytes is too short, but no danger to the queue.
+            None => {}
         }
         Ok(())
     }

@@ -324,20 +324,60 @@ fn equal_packets_share_a_completion_when_asked_for() {
 }
 
 #[test]
-fn broken_wqe_stops_only_its_queue() {
+fn broken_wqes_stop_only_their_queue() {
+    type Post = fn(&Rig, &mut DriverQueue);
+    let breaks: [(&str, &str, Post); 8] = [
+        ("no memory", "wqe-shape", |rig, rq| rq.post_rx(rig, &[sge(1 << 40, 1514)])),
+        ("end of the address space", "wqe-shape", |rig, rq| rq.post_rx(rig, &[sge(u64::MAX - 8, 1514)])),
+        ("second entry without memory", "wqe-shape", |rig, rq| {
+            rq.post_rx(rig, &[sge(rig.allocate(30), 30), sge(1 << 40, 1514)]);
+        }),
+        ("wrong key", "memory-key", |rig, rq| {
+            rq.post_rx(rig, &[Sge { mem_key: 1.into(), ..sge(rig.allocate(1514), 1514) }]);
+        }),
+        ("wrong key of the second entry", "memory-key", |rig, rq| {
+            let entry = |key: u32| Sge { mem_key: key.into(), ..sge(rig.allocate(30), 30) };
+            rq.post_rx(rig, &[entry(crate::testing::rig::MEM_KEY), entry(2)]);
+        }),
+        ("more entries than fit", "wqe-shape", |rig, rq| rq.post_rx(rig, &[sge(0, 100); 16])),
+        ("a tail beyond the ring", "doorbell-tail", |_, rq| rq.tail = 65 * 32),
+        ("a tail inside a WQE", "doorbell-tail", |_, rq| rq.tail = 33),
+    ];
+    for (what, rule, post_broken) in breaks {
+        let rig = rig();
+        let mut queues = rss(&rig);
+        let mut broken = rig.rq(5, 64);
+        post_broken(&rig, &mut broken);
+        broken.ring(&rig);
+        rig.vport().configure_rx(&RxUpdate { default_rq: Some(5), ..RxUpdate::default() }).unwrap();
+        assert_eq!(rig.deliver(&[vec![0xff; 60], tcp4(b"x"), vec![0xff; 60]]), 1, "{what}");
+        let counters = rig.counters();
+        assert_eq!((counters.rx_err_gdma.get(), counters.rx_discards_nowqe.get()), (1, 2), "{what}");
+        assert_eq!(rig.queues.core().rules.fields().0, [(rule, 1)], "{what}");
+        assert!(completions(&rig, &mut broken).is_empty(), "{what}");
+        // Stopped for good, and everybody else goes on.
+        let buffer = sge(rig.allocate(1514), 1514);
+        broken.post_rx(&rig, &[buffer]);
+        broken.ring(&rig);
+        assert_eq!(rig.deliver(&[vec![0xff; 60], tcp4(b"y")]), 1, "{what}");
+        assert_eq!(counters.rx_err_gdma.get(), 1, "{what}");
+        let others: usize = queues.iter_mut().map(|rq| completions(&rig, rq).len()).sum();
+        assert_eq!(others, 2, "{what}");
+    }
+}
+
+#[test]
+fn buffers_of_no_bytes_truncate_everything() {
     let rig = rig();
-    let queues = rss(&rig);
-    let mut broken = rig.rq(5, 64);
-    broken.post_rx(&rig, &[sge(1 << 40, 1514)]);
-    post(&rig, &mut broken, 1514, &[]);
-    broken.ring(&rig);
-    rig.vport().configure_rx(&RxUpdate { default_rq: Some(5), ..RxUpdate::default() }).unwrap();
-    assert_eq!(rig.deliver(&[vec![0xff; 60], tcp4(b"x"), vec![0xff; 60]]), 1);
-    let counters = rig.counters();
-    assert_eq!((counters.rx_err_gdma.get(), counters.rx_discards_nowqe.get()), (1, 2));
-    assert_eq!(rig.queues.core().counters.rule_violations.get(), 1);
-    assert!(completions(&rig, &mut broken).is_empty());
-    drop(queues);
+    let mut rq = rig.rq(1, 64);
+    rig.vport().configure_rx(&to(1)).unwrap();
+    rq.post_rx(&rig, &[]);
+    rq.post_rx(&rig, &[sge(1, 0)]);
+    post(&rig, &mut rq, 1514, &[]);
+    rq.ring(&rig);
+    assert_eq!(rig.deliver(&[[7; 60]; 3]), 1);
+    assert_eq!(shapes(&rig, &mut rq), [(4, vec![]), (4, vec![]), (1, vec![60])]);
+    assert_eq!(rig.counters().rx_truncated.get(), 2);
 }
 
 #[test]

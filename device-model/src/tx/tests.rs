@@ -418,6 +418,25 @@ fn broken_wqes_stop_the_queue_with_a_gdma_error() {
 }
 
 #[test]
+fn entries_of_no_bytes_are_no_part_of_the_frame() {
+    let rig = Rig::new(NOTHING);
+    let mut sq = rig.sq(1, 256);
+    let piece = |len: usize| sge(rig.place(&vec![2; len]), len);
+    let nothing = sge(1, 0);
+    for (sgl, kind) in [
+        (vec![nothing, piece(40), nothing, nothing, piece(20), nothing], 32),
+        (vec![nothing], 37),
+        (vec![nothing; 30], 37),
+    ] {
+        sq.post(&rig, &oob().of(&sq).bytes(), 0, &sgl);
+        sq.ring(&rig);
+        rig.transmit(&sq);
+        assert_eq!(completions(&rig, &mut sq)[0].0, kind);
+        assert!(rig.sent().iter().all(|(frame, _)| frame[..] == [2; 60]));
+    }
+}
+
+#[test]
 fn impossible_tail_stops_only_that_queue() {
     let rig = Rig::new(NOTHING);
     let (mut sq, mut other) = (rig.sq(1, 256), rig.sq(2, 256));
