@@ -13,7 +13,7 @@ use mana_test_driver::{DeviceId, Registration, World, gdma};
 use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
 
 /// Times that everything is made and destroyed.
-const ROUNDS: u32 = 20;
+const ROUNDS: u32 = 60;
 /// Queue pairs.
 const PAIRS: usize = 4;
 /// Bytes of a ring.
@@ -59,6 +59,15 @@ struct Shared {
     stop: AtomicBool,
     doorbells_rung: AtomicU64,
     delivered: AtomicU64,
+}
+
+/// Ends the other threads, even if the test fails.
+struct StopAtEnd<'a>(&'a AtomicBool);
+
+impl Drop for StopAtEnd<'_> {
+    fn drop(&mut self) {
+        self.0.store(true, Ordering::Relaxed);
+    }
 }
 
 impl Shared {
@@ -222,6 +231,7 @@ fn everything_at_once_while_queues_come_and_go() {
     let eq_page = page();
     let shared = &shared;
     std::thread::scope(|scope| {
+        let _stop = StopAtEnd(&shared.stop);
         scope.spawn(|| shared.vcpu(1));
         scope.spawn(|| shared.vcpu(2));
         scope.spawn(|| shared.worker(0));
@@ -231,7 +241,6 @@ fn everything_at_once_while_queues_come_and_go() {
         // The machine is reset with everything alive and everybody busy.
         build(&mut commands, shared, eq_page);
         world.device.reset();
-        shared.stop.store(true, Ordering::Relaxed);
     });
     world.assert_empty_ledger();
     assert!(shared.delivered.load(Ordering::Relaxed) > 0, "frames got through");
