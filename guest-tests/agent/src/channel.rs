@@ -40,10 +40,7 @@ static SENDING: Mutex<()> = Mutex::new(());
 /// Where there is no channel, it goes to the console instead.
 pub fn send(kind: Kind, payload: &[u8]) {
     let _sending = SENDING.lock().unwrap_or_else(PoisonError::into_inner);
-    // The kernel makes what it doesn't know on its command line its init's environment.
-    let wants_console = std::env::var_os("MANA_AGENT").is_some_and(|value| value == "console");
-    // Port permissions belong to a thread, and any thread may come here.
-    if wants_console || sys::allow_port(PORT).is_err() || !answers() {
+    if !is_there() {
         print!("{}", String::from_utf8_lossy(payload));
         if matches!(kind, Kind::Log | Kind::Status) {
             println!();
@@ -60,7 +57,9 @@ pub fn send(kind: Kind, payload: &[u8]) {
 /// How often CPUs left the guest so far: all the way to the VMM, and at all. `None` where nobody counts.
 pub fn exits() -> Option<(u64, Option<u64>)> {
     const LONGEST: usize = 64;
-    sys::allow_port(PORT).ok().filter(|()| answers())?;
+    if !is_there() {
+        return None;
+    }
     write(&[Kind::Exits as u8, 0, 0]);
     let mut answer = String::new();
     while answer.len() < LONGEST {
@@ -81,8 +80,12 @@ pub fn log(stage: &str, mut details: Value) {
     send(Kind::Log, details.to_string().as_bytes());
 }
 
-fn answers() -> bool {
-    u16::from(read()) == PORT
+/// Does somebody take frames from this thread?
+fn is_there() -> bool {
+    // The kernel makes what it doesn't know on its command line its init's environment.
+    let wants_console = std::env::var_os("MANA_AGENT").is_some_and(|value| value == "console");
+    // Port permissions belong to a thread, and any thread may come here.
+    !wants_console && sys::allow_port(PORT).is_ok() && u16::from(read()) == PORT
 }
 
 fn read() -> u8 {
