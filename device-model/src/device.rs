@@ -84,7 +84,7 @@ pub enum Ran {
 ///
 /// Every method takes `&self` and may be called from any thread.
 ///
-/// Lock order: shared-memory window, firmware, then as in [`Queues`].
+/// Lock order: shared-memory window, firmware, then as in `Queues`.
 pub struct ManaDevice {
     layout: Layout,
     pci: Mutex<ConfigSpace>,

@@ -389,7 +389,7 @@ impl CompletionQueue {
         self.memory.view(ram)
     }
     /// Write the completion `data` of work queue `wq`. Many may be posted before one
-    /// [`take_notification`](Self::take_notification).
+    /// [`notification`](Self::notification).
     ///
     /// # Errors
     /// [`PostError::Full`] if there is no [`room`](Self::room), else the ring is not guest memory.

@@ -18,6 +18,7 @@ pub struct ServeArgs {
     /// Cable: peer,id=ID | tap,id=ID,ifname=NAME | null,id=ID.
     #[arg(long, value_name = "KIND,id=ID")]
     netdev: Vec<String>,
+    #[allow(rustdoc::broken_intra_doc_links, reason = "the brackets of the help are no links")]
     /// Network device: mana[,netdev=ID]...[,mac=][,mtu=][,max-msix=][,msix-table=][,max-queues=][,rdma=on|off]
     /// [,strict=on|off]; one vPort for each netdev, a peer if there is none.
     #[arg(long, value_name = "mana[,KEY=VALUE]...", default_value = "mana")]

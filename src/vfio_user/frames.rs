@@ -69,7 +69,7 @@ impl Default for Frames {
 }
 
 impl Frames {
-    /// Room for the next read; at least a whole message fits once [`next`](Self::next) has no more.
+    /// Room for the next read; at least a whole message fits once [`next_frame`](Self::next_frame) has no more.
     pub fn room(&mut self) -> &mut [u8] {
         self.buffer.copy_within(self.start..self.end, 0);
         self.descriptors_end = self.descriptors_end.saturating_sub(self.start);
