@@ -5,8 +5,9 @@
 //! packets, the driver's per-queue counters tell where they went, and those that reach a queue that has not carried
 //! its share yet carry it.
 
+use std::hash::{BuildHasher, RandomState};
 use std::io::{Read, Write};
-use std::net::{IpAddr, SocketAddr, TcpStream, UdpSocket};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpStream, UdpSocket};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -25,6 +26,9 @@ const DATAGRAM_SILENCE: Duration = Duration::from_secs(5);
 const TRIAL: (usize, usize) = (6, 64);
 /// Fewest packets on a queue that are taken for the trial's and not for background noise.
 const TRIAL_PACKETS: u64 = 5;
+/// Ports of ours that connections come from.
+const FIRST_PORT: u16 = 20_000;
+const PORTS: u16 = 40_000;
 /// Largest write.
 const CHUNK: usize = 64 * 1024;
 
@@ -71,8 +75,19 @@ impl Target {
         Ok(socket)
     }
 
-    fn connect(&self) -> Result<TcpStream> {
+    /// A connection from a port of its own choice. Those that the kernel takes in turn differ in a few low bits, and
+    /// Toeplitz is linear: with an unlucky key all of them would hash to the same queues.
+    fn connect(&self, seed: u64) -> Result<TcpStream> {
         let socket = self.socket(Type::STREAM)?;
+        socket.set_reuse_address(true)?;
+        let any: IpAddr = match self.host {
+            SocketAddr::V4(_) => Ipv4Addr::UNSPECIFIED.into(),
+            SocketAddr::V6(_) => Ipv6Addr::UNSPECIFIED.into(),
+        };
+        // A keyed hash: what is linear too would be of no help.
+        let port = FIRST_PORT + (RandomState::new().hash_one(seed) % u64::from(PORTS)) as u16;
+        let bound = socket.bind(&SocketAddr::from((any, port)).into());
+        bound.with_context(|| format!("port {port}"))?;
         socket
             .connect_timeout(&self.host.into(), SILENCE)
             .with_context(|| format!("connect to {}", self.host))?;
@@ -125,7 +140,7 @@ impl Carried {
 
     /// One connection: a trial, and the full load if it uses a queue that has had none.
     fn add(&mut self, target: &Target, seed: u64, bytes: usize) -> Result<()> {
-        let mut stream = target.connect()?;
+        let mut stream = target.connect(seed)?;
         let before = net::queue_packets(&target.interface)?;
         for message in 0..TRIAL.0 {
             exchange(&mut stream, seed + message as u64, TRIAL.1)?;
