@@ -122,9 +122,8 @@ impl ManaDevice {
         let dma = Dma::new(memory, bus_master.clone());
         let core = Arc::new(Core { tracer, counters, rules: Rules::default(), dma, msix, waker });
         let queues = Queues::new(core.clone(), Limits::of(&config));
-        let vports = config.vports.iter().zip(ports).enumerate();
-        let vports =
-            vports.map(|(index, (vport, port))| Vport::new(index, vport.mac, port, config.mtu)).collect();
+        let vports = config.vports.iter().zip(ports);
+        let vports = vports.map(|(vport, port)| Vport::new(vport.mac, port, config.mtu)).collect();
         let power_on = ConfigSpace::new(&config, config.bars());
         let layout = Layout::new(&config);
         let card = Card { config, core, queues, vports };

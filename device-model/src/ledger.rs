@@ -40,7 +40,7 @@ pub fn release_wq(card: &Card, objects: &mut Objects, handle: u64) {
         WqKind::Send => card.queues.close(QueueKind::Sq, pair.wq),
         WqKind::Receive => {
             if let Some(vport) = card.vports.get(pair.vport) {
-                vport.forget_rq(pair.wq);
+                vport.receive.close(pair.wq);
             }
             card.queues.close(QueueKind::Rq, pair.wq);
         }

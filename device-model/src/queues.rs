@@ -4,7 +4,7 @@
 //! checks the page, stores the tail, and wakes whoever runs the queue if nobody is running it. Completion and event
 //! queues are rung in place, under their own lock.
 //!
-//! Lock order: work queue, completion queue; event queue alone; deadlines alone; MSI-X entries alone. The interrupt
+//! Lock order: send queue or a vPort's receive side, completion queue; event queue alone; deadlines alone; MSI-X entries alone. The interrupt
 //! leaves with no queue's lock held.
 
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
@@ -194,7 +194,8 @@ pub struct Queues {
     eqs: Box<[Slot<EventQueue>]>,
     cqs: Box<[Slot<CompletionQueue>]>,
     sqs: Box<[Slot<WqObject>]>,
-    rqs: Box<[Slot<WqObject>]>,
+    /// Doorbells only: the rings are with the receive sides of their vPorts.
+    rqs: Box<[Slot<()>]>,
     timers: Timers,
 }
 
@@ -236,7 +237,7 @@ impl Queues {
         self.sqs.get(id as usize)
     }
     /// Slot of a receive queue; `None` for an id beyond the limits.
-    pub fn rq(&self, id: u32) -> Option<&Slot<WqObject>> {
+    pub fn rq(&self, id: u32) -> Option<&Slot<()>> {
         self.rqs.get(id as usize)
     }
     /// Slot of a completion queue; `None` for an id beyond the limits.
@@ -493,17 +494,17 @@ impl Queues {
             self.created(QueueKind::Sq, id, None, None, entries);
         }
     }
-    /// Receive queue `wq` exists from now on and is rung through `page`.
-    pub fn open_rq(&self, page: u32, wq: WqObject) {
-        let (id, entries) = (wq.id, wq.ring.entries());
+    /// Receive queue `id` with WQEs for `entries` basic units exists from now on and is rung through `page`.
+    pub fn open_rq(&self, page: u32, id: u32, entries: u32) {
         if let Some(slot) = self.rq(id) {
-            slot.open(page, Some(wq));
+            slot.open(page, Some(()));
             self.created(QueueKind::Rq, id, None, None, entries);
         }
     }
     /// The work queues of the hardware channel, whose rings the channel itself keeps, are rung through `page`.
     pub fn open_hwc(&self, page: u32) {
-        self.sq(HWC_QUEUE).into_iter().chain(self.rq(HWC_QUEUE)).for_each(|slot| slot.open(page, None));
+        self.sq(HWC_QUEUE).into_iter().for_each(|slot| slot.open(page, None));
+        self.rq(HWC_QUEUE).into_iter().for_each(|slot| slot.open(page, None));
     }
     fn created(&self, kind: QueueKind, id: u32, eq: Option<u32>, msix: Option<u16>, entries: u32) {
         self.core.tracer.emit(|| Event::QueueCreate { kind, id, eq, msix, entries });

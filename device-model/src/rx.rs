@@ -1,12 +1,12 @@
 //! Receive: frames from the cable become bytes in receive WQEs' buffers, and completions.
 //!
-//! A batch of frames is sorted by queue first, so that each queue is locked, filled and completed once. The
-//! steering is held for as long as a batch takes: once it has been changed or switched off, no frame goes by what
-//! it was.
+//! A batch of frames is sorted by queue first, so that each queue is filled and completed once. A vPort's receive
+//! side, which has its rings, is held for as long as a batch takes: once steering has been changed or switched off, no
+//! frame goes by what it was, and a ring that has been taken away is not touched.
 //!
 //! Source: `mana_process_rx_cqe` and `mana_cfg_vport_steering` (mana_en.c); the sheet's sections 7.5 and 8.4.
 
-use std::sync::{PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
+use std::sync::{Mutex, MutexGuard};
 
 use arrayvec::ArrayVec;
 
@@ -16,11 +16,12 @@ use crate::dma::{DmaError, GuestRam};
 use crate::doors::{RxChecksum, RxFrame};
 use crate::offload::verify;
 use crate::packet::{ETHERNET_HEADER, Headers, MAC_ADDRESSES, VLAN_TAG};
-use crate::queues::{Queues, WqObject};
+use crate::queues::{Queues, Slot, WqObject};
 use crate::region::RingView;
 use crate::ring::{CompletionQueue, PostError, WqeError};
 use crate::rules::Rule;
 use crate::steer::{HASH_KEY_SIZE, Hash, HashTypes, Steering, Toeplitz};
+use crate::sync::lock;
 use crate::vport::{Traffic, Vport};
 use crate::wire::queue::{Cqe, Sge};
 use crate::wire::rx::{MAX_COALESCED, RxCompletion, RxMeta, RxType};
@@ -90,7 +91,7 @@ pub const MAX_TABLE: usize = 512;
 /// The receive side of a vPort.
 #[derive(Default)]
 pub struct Receive {
-    state: RwLock<State>,
+    state: Mutex<State>,
 }
 
 /// What the driver has configured. Steering names queues by their position in `queues`.
@@ -99,16 +100,25 @@ struct State {
     enabled: bool,
     coalescing: Coalescing,
     steering: Steering<u8>,
-    queues: ArrayVec<u32, MAX_QUEUES>,
+    queues: ArrayVec<Steered, MAX_QUEUES>,
+    rings: Vec<WqObject>,
+}
+
+/// A queue that steering knows.
+#[derive(Clone, Copy)]
+struct Steered {
+    id: u32,
+    /// Its ring's index in [`State::rings`], if there is one.
+    ring: Option<usize>,
 }
 
 impl State {
     /// The position of queue `id`, which is added if it is new.
-    fn position(queues: &mut ArrayVec<u32, MAX_QUEUES>, id: u32) -> Result<u8, RxConfigError> {
-        let position = match queues.iter().position(|&known| known == id) {
+    fn position(queues: &mut ArrayVec<Steered, MAX_QUEUES>, id: u32) -> Result<u8, RxConfigError> {
+        let position = match queues.iter().position(|known| known.id == id) {
             Some(position) => position,
             None => {
-                queues.try_push(id).map_err(|_| RxConfigError::TooManyQueues)?;
+                queues.try_push(Steered { id, ring: None }).map_err(|_| RxConfigError::TooManyQueues)?;
                 queues.len() - 1
             }
         };
@@ -117,7 +127,7 @@ impl State {
     /// Name queues as `update` does, and the ones that it leaves alone as before.
     fn set_queues(&mut self, update: &RxUpdate) -> Result<(), RxConfigError> {
         let old = &self.queues;
-        let id = |position: &u8| old.get(usize::from(*position)).copied().unwrap_or(NO_QUEUE);
+        let id = |position: &u8| old.get(usize::from(*position)).map_or(NO_QUEUE, |known| known.id);
         let default = update.default_rq.or_else(|| self.steering.default_queue.as_ref().map(id));
         let kept = || self.steering.indirection.iter().map(id).collect();
         let table = update.table.clone().unwrap_or_else(kept);
@@ -128,16 +138,38 @@ impl State {
         self.steering.default_queue = default;
         self.steering.indirection = indirection;
         self.queues = queues;
+        self.find_rings();
         Ok(())
+    }
+    /// Queues or rings have changed.
+    fn find_rings(&mut self) {
+        for queue in &mut self.queues {
+            queue.ring = self.rings.iter().position(|wq| wq.id == queue.id);
+        }
     }
 }
 
 impl Receive {
-    fn read(&self) -> RwLockReadGuard<'_, State> {
-        self.state.read().unwrap_or_else(PoisonError::into_inner)
+    fn lock(&self) -> MutexGuard<'_, State> {
+        lock(&self.state)
     }
-    fn write(&self) -> RwLockWriteGuard<'_, State> {
-        self.state.write().unwrap_or_else(PoisonError::into_inner)
+    /// The vPort has the receive queue `wq` from now on.
+    pub fn open(&self, wq: WqObject) {
+        let mut state = self.lock();
+        state.rings.push(wq);
+        state.find_rings();
+    }
+    /// Queue `id` is gone: when this returns the card touches its ring no more. Should another get its id, no old
+    /// configuration leads to it.
+    pub fn close(&self, id: u32) {
+        let mut state = self.lock();
+        state.rings.retain(|wq| wq.id != id);
+        state.queues.iter_mut().filter(|known| known.id == id).for_each(|known| known.id = NO_QUEUE);
+        state.find_rings();
+    }
+    /// Do `work` with queue `id`, if there is one.
+    pub fn with_queue<R>(&self, id: u32, work: impl FnOnce(&mut WqObject) -> R) -> Option<R> {
+        self.lock().rings.iter_mut().find(|wq| wq.id == id).map(work)
     }
     /// Change the configuration. When this returns no frame goes by the old one any more.
     ///
@@ -150,7 +182,7 @@ impl Receive {
             return Err(RxConfigError::TableSize(table.len()));
         }
         let toeplitz = update.key.as_ref().map(Toeplitz::new);
-        let mut state = self.write();
+        let mut state = self.lock();
         if update.default_rq.is_some() || update.table.is_some() {
             state.set_queues(update)?;
         }
@@ -163,18 +195,11 @@ impl Receive {
         state.steering.hash_types = update.hash_types.unwrap_or(state.steering.hash_types);
         Ok(())
     }
-    /// Queue `id` is going away; should another get its id, no old configuration shall lead to it.
-    pub fn forget(&self, id: u32) {
-        let mut state = self.write();
-        state.queues.iter_mut().filter(|known| **known == id).for_each(|known| *known = NO_QUEUE);
-    }
-    /// Back to nothing configured.
+    /// Back to nothing configured. Queues stay.
     pub fn reset(&self) {
-        *self.write() = State::default();
-    }
-    /// Wait until the batches that are under way have completed.
-    fn settle(&self) {
-        drop(self.write());
+        let mut state = self.lock();
+        let rings = std::mem::take(&mut state.rings);
+        *state = State { rings, ..State::default() };
     }
 }
 
@@ -184,13 +209,11 @@ impl Receive {
 /// # Errors
 /// [`PostError`] if it is lost: too many are held, or the ring is not guest memory.
 pub fn fence(queues: &Queues, ram: &GuestRam<'_>, vport: &Vport, rq: u32) -> Result<(), PostError> {
-    vport.receive.settle();
-    let queue = queues.rq(rq).and_then(|slot| {
-        slot.lock().as_mut().map(|wq| {
-            // The fence takes some of the room that the queue knows of.
-            wq.room = 0;
-            (wq.cq, wq.ring.head())
-        })
+    // Batches that are under way complete first.
+    let queue = vport.receive.with_queue(rq, |wq| {
+        // The fence takes some of the room that the queue knows of.
+        wq.room = 0;
+        (wq.cq, wq.ring.head())
     });
     let Some((cq, offset)) = queue else { return Ok(()) };
     let completion = RxCompletion::new(RxType::Fence, RxMeta::default(), offset);
@@ -204,8 +227,9 @@ pub fn deliver(queues: &Queues, vport: &Vport, frames: &[RxFrame<'_>]) -> usize 
 }
 
 fn deliver_batch(queues: &Queues, vport: &Vport, frames: &[RxFrame<'_>]) -> usize {
-    let state = vport.receive.read();
-    if !state.enabled {
+    let mut state = vport.receive.lock();
+    let State { enabled, coalescing, steering, queues: steered, rings } = &mut *state;
+    if !*enabled {
         vport.counters.rx_err_vport_disabled.add(frames.len() as u64);
         return 0;
     }
@@ -214,18 +238,18 @@ fn deliver_batch(queues: &Queues, vport: &Vport, frames: &[RxFrame<'_>]) -> usiz
         return 0;
     };
     let ram = GuestRam::new(&memory);
-    let mut sorted = Sorted::new(&state, vport, frames);
+    let mut sorted = Sorted::new(steering, vport, frames);
     let mut delivery = Delivery {
         queues,
         vport,
         ram: &ram,
-        coalescing: state.coalescing,
+        coalescing: *coalescing,
         traffic: Traffic::default(),
         delivered: 0,
     };
     while let Some((position, members)) = sorted.next_queue() {
-        let rq = state.queues.get(position).copied().unwrap_or(NO_QUEUE);
-        delivery.fill(rq, members, &sorted.packets, frames);
+        let ring = steered.get(position).and_then(|queue| rings.get_mut(queue.ring?));
+        delivery.fill(ring, members, &sorted.packets, frames);
     }
     delivery.traffic.add_received(&vport.counters);
     delivery.delivered
@@ -250,7 +274,7 @@ struct Sorted {
 const _: () = assert!(BATCH <= 64 && MAX_QUEUES <= 64);
 
 impl Sorted {
-    fn new(state: &State, vport: &Vport, frames: &[RxFrame<'_>]) -> Self {
+    fn new(steering: &Steering<u8>, vport: &Vport, frames: &[RxFrame<'_>]) -> Self {
         let mut sorted = Self { packets: ArrayVec::new(), members: [0; MAX_QUEUES], used: 0 };
         for (at, frame) in frames.iter().enumerate() {
             if frame.bytes.len() < ETHERNET_HEADER {
@@ -259,9 +283,9 @@ impl Sorted {
                 continue;
             }
             let headers = Headers::parse(frame.bytes);
-            let hash = state.steering.hash(frame.bytes, &headers);
+            let hash = steering.hash(frame.bytes, &headers);
             sorted.packets.push(describe(frame, &headers, hash));
-            let position = state.steering.queue(hash).map_or(usize::MAX, usize::from);
+            let position = steering.queue(hash).map_or(usize::MAX, usize::from);
             match sorted.members.get_mut(position) {
                 Some(members) => {
                     *members |= 1 << at;
@@ -340,37 +364,37 @@ struct Delivery<'a, 'm> {
 }
 
 impl Delivery<'_, '_> {
-    /// Deliver the frames in `members` to queue `rq`.
-    fn fill(&mut self, rq: u32, members: u64, packets: &[Packet], frames: &[RxFrame<'_>]) {
-        let wanted = members.count_ones() as usize;
+    /// Deliver the frames in `members` to queue `wq`, if there is one.
+    fn fill(&mut self, wq: Option<&mut WqObject>, members: u64, packets: &[Packet], frames: &[RxFrame<'_>]) {
         let mut filled = ArrayVec::new();
-        let cq = self.fill_locked(rq, members, packets, frames, &mut filled);
-        if let Some(missing @ 1..) = wanted.checked_sub(filled.len()) {
+        let wq = wq.filter(|wq| !wq.stopped);
+        let queue = wq.map(|wq| {
+            self.fill_buffers(wq, members, packets, frames, &mut filled);
+            (wq.id, wq.cq)
+        });
+        if let Some(missing @ 1..) = (members.count_ones() as usize).checked_sub(filled.len()) {
             self.vport.counters.rx_discards_nowqe.add(missing as u64);
         }
-        let Some(cq) = cq.filter(|_| !filled.is_empty()) else { return };
+        let Some((rq, cq)) = queue.filter(|_| !filled.is_empty()) else { return };
         let lost = self.queues.complete(self.ram, cq, |cq| self.post(cq, rq, &filled));
         if let Some(lost @ 1..) = lost {
             self.queues.core().counters.completions_lost.add(lost as u64);
         }
     }
-    /// Fill buffers while there are WQEs and room for their completions. `None` if there is no such queue, else its
-    /// completion queue.
-    fn fill_locked(
+    /// Fill buffers while there are WQEs and room for their completions.
+    #[inline]
+    fn fill_buffers(
         &mut self,
-        rq: u32,
+        wq: &mut WqObject,
         members: u64,
         packets: &[Packet],
         frames: &[RxFrame<'_>],
         filled: &mut ArrayVec<Filled, BATCH>,
-    ) -> Option<u32> {
-        let slot = self.queues.rq(rq)?;
-        let tail = slot.tail();
-        let mut queue = slot.lock();
-        let wq = queue.as_mut().filter(|wq| wq.vport == self.vport.index && !wq.stopped)?;
-        let wanted = members.count_ones();
-        if wq.room < wanted {
-            wq.room = self.queues.cq(wq.cq)?.lock().as_ref()?.room();
+    ) {
+        let tail = self.queues.rq(wq.id).map_or(0, Slot::tail);
+        if wq.room < members.count_ones() {
+            let room = |slot: &Slot<CompletionQueue>| slot.lock().as_ref().map(CompletionQueue::room);
+            wq.room = self.queues.cq(wq.cq).and_then(room).unwrap_or(0);
         }
         let view = wq.ring.view(self.ram);
         for at in bits(members).take(wq.room as usize) {
@@ -381,13 +405,12 @@ impl Delivery<'_, '_> {
                 Ok(None) => break,
                 Err(why) => {
                     wq.stopped = true;
-                    self.broken(rq, why);
+                    self.broken(wq.id, why);
                     break;
                 }
             }
         }
         wq.room = wq.room.saturating_sub(filled.len() as u32);
-        Some(wq.cq)
     }
     /// Write a frame into the next WQE's buffers; `None` if there is no WQE.
     #[inline]

@@ -12,8 +12,6 @@ use crate::shaper::Shaper;
 
 /// What the data path knows of a vPort.
 pub struct Vport {
-    /// Position among the device's vPorts.
-    pub index: usize,
     /// MAC address in transmission order.
     pub mac: [u8; 6],
     /// The cable.
@@ -37,9 +35,8 @@ const NO_OFFSET: u32 = u32::MAX;
 
 impl Vport {
     /// A vPort at `port` whose largest IP packet has `mtu` bytes; both directions are off.
-    pub fn new(index: usize, mac: [u8; 6], port: Arc<dyn Port>, mtu: u16) -> Self {
+    pub fn new(mac: [u8; 6], port: Arc<dyn Port>, mtu: u16) -> Self {
         Self {
-            index,
             mac,
             capabilities: port.capabilities(),
             port,
@@ -86,10 +83,6 @@ impl Vport {
     /// [`RxConfigError`] if that configuration can't be; nothing has changed then.
     pub fn configure_rx(&self, update: &RxUpdate) -> Result<(), RxConfigError> {
         self.receive.configure(update)
-    }
-    /// Receive queue `id` is going away; should another get its id, no old configuration shall lead to it.
-    pub fn forget_rq(&self, id: u32) {
-        self.receive.forget(id);
     }
     /// Both directions off and not clamped, as at the start. What the host allows stays.
     pub fn reset(&self) {

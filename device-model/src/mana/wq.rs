@@ -66,7 +66,13 @@ pub fn create(context: &mut Context<'_>, message: &Message<'_, CreateWqObj>) -> 
     let object = |ring| WqObject::new(wq, ring, cq, vport, Device::Mana.gpa_mkey());
     match kind {
         WqKind::Send => queues.open_sq(page, object(WorkQueue::send(wq_ring))),
-        WqKind::Receive => queues.open_rq(page, object(WorkQueue::receive(wq_ring))),
+        WqKind::Receive => {
+            let wq = object(WorkQueue::receive(wq_ring));
+            queues.open_rq(page, wq.id, wq.ring.entries());
+            if let Some(vport) = context.card.vports.get(vport) {
+                vport.receive.open(wq);
+            }
+        }
     }
     let reply = CreateWqObjReply {
         wq_id: wq.into(),

@@ -118,7 +118,7 @@ impl Rig {
         let limits = Limits { eqs: 2, cqs: 4096, sqs: 4096, rqs: 4096 };
         let queues = Queues::new(Arc::new(core), limits);
         let port = Arc::new(TestPort { capabilities, ..TestPort::default() });
-        let vports = [Vport::new(0, [2, 0, 0, 0, 0, 1], port.clone(), 1500)];
+        let vports = [Vport::new([2, 0, 0, 0, 0, 1], port.clone(), 1500)];
         vports[0].configure_tx(Some(0));
         let allocated = Cell::new(u64::from(PAGE_SIZE));
         let mut rig = Self { memory, queues, vports, port, woken, bus_master, eq_ring: 0, allocated };
@@ -165,7 +165,8 @@ impl Rig {
     /// A receive queue of `entries` basic units and as many completions.
     pub fn rq(&self, id: u32, entries: u32) -> DriverQueue {
         let (driver, ring) = self.wq(id, false, entries, entries);
-        self.queues.open_rq(PAGE, WqObject::new(id, WorkQueue::receive(ring), driver.cq, 0, MEM_KEY));
+        self.queues.open_rq(PAGE, id, entries);
+        self.vport().receive.open(WqObject::new(id, WorkQueue::receive(ring), driver.cq, 0, MEM_KEY));
         driver
     }
     fn wq(&self, id: u32, is_sq: bool, entries: u32, cqes: u32) -> (DriverQueue, RingMemory) {
@@ -256,8 +257,12 @@ impl DriverQueue {
     /// Move the empty ring on both sides to `position`.
     pub fn start_at(&mut self, rig: &Rig, position: u32) {
         self.tail = position & !(BASIC_UNIT - 1);
-        let slot = if self.is_sq { rig.queues.sq(self.id) } else { rig.queues.rq(self.id) };
-        slot.unwrap().lock().as_mut().unwrap().ring.discard(self.tail);
+        let (id, tail) = (self.id, self.tail);
+        if self.is_sq {
+            rig.queues.sq(id).unwrap().lock().as_mut().unwrap().ring.discard(tail);
+        } else {
+            rig.vport().receive.with_queue(id, |wq| wq.ring.discard(tail)).unwrap();
+        }
         self.ring(rig);
     }
     /// Write a WQE. `flags` are the header's second word apart from the counts.
