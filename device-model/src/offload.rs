@@ -15,13 +15,35 @@ use crate::wire::tx::TxOob;
 #[error("the headers do not fit the offloads asked for")]
 pub struct HeaderError;
 
+/// Where an IPv4 header is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Ipv4Header {
+    /// Bytes from the start of the frame.
+    pub offset: usize,
+    /// Bytes, options included.
+    pub len: usize,
+}
+
+impl Ipv4Header {
+    fn of(ip: &Ip) -> Option<Self> {
+        let Ip { version, offset, header_len: len, .. } = *ip;
+        (version == IpVersion::V4).then_some(Self { offset, len })
+    }
+    fn fill(self, frame: &mut [u8]) -> Result<(), HeaderError> {
+        let header = frame.get_mut(self.offset..self.offset + self.len).ok_or(HeaderError)?;
+        store_be16(header, 10, 0)?;
+        let checksum = Sum::default().add_bytes(header).checksum();
+        store_be16(header, 10, checksum)
+    }
+}
+
 /// The checksums to fill in a frame, by where their headers are.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct TxChecksums {
     /// The IPv4 header whose checksum is to be made.
-    pub ip: Option<Ip>,
+    pub ip: Option<Ipv4Header>,
     /// The IPv4 header in front of an encapsulated packet, if its checksum is to be made, too.
-    pub outer_ip: Option<Ip>,
+    pub outer_ip: Option<Ipv4Header>,
     /// The transport header whose checksum is to be completed.
     pub transport: Option<Transport>,
 }
@@ -49,10 +71,13 @@ impl TxChecksums {
         } else {
             None
         };
-        let v4 = |ip: &Ip| oob.compute_ip_checksum() && ip.version == IpVersion::V4;
-        let outer_ip =
+        if !oob.compute_ip_checksum() {
+            return Ok(Self { ip: None, outer_ip: None, transport });
+        }
+        let outer =
             if oob.is_encapsulated() && oob.is_outer_ipv4() { Headers::parse(frame).ip } else { None };
-        Ok(Self { ip: ip.filter(v4), outer_ip: outer_ip.filter(v4), transport })
+        let (ip, outer_ip) = (ip.as_ref().and_then(Ipv4Header::of), outer.as_ref().and_then(Ipv4Header::of));
+        Ok(Self { ip, outer_ip, transport })
     }
     /// Nothing to do.
     pub fn is_empty(&self) -> bool {
@@ -69,8 +94,8 @@ impl TxChecksums {
     /// # Errors
     /// [`HeaderError`] if a checksum lies outside the frame.
     pub fn fill(&self, frame: &mut [u8]) -> Result<(), HeaderError> {
-        for ip in self.outer_ip.iter().chain(&self.ip) {
-            fill_ip(frame, ip)?;
+        for ip in self.outer_ip.into_iter().chain(self.ip) {
+            ip.fill(frame)?;
         }
         match self.transport {
             Some(transport) => complete_transport(frame, transport),
@@ -99,10 +124,7 @@ fn ip_header(oob: &TxOob, frame: &[u8]) -> Option<Ip> {
 /// # Errors
 /// [`HeaderError`] if the header lies outside the frame.
 pub fn fill_ip(frame: &mut [u8], ip: &Ip) -> Result<(), HeaderError> {
-    let header = frame.get_mut(ip.offset..ip.offset + ip.header_len).ok_or(HeaderError)?;
-    store_be16(header, 10, 0)?;
-    let checksum = Sum::default().add_bytes(header).checksum();
-    store_be16(header, 10, checksum)
+    Ipv4Header { offset: ip.offset, len: ip.header_len }.fill(frame)
 }
 
 /// Complete a transport checksum whose field holds the pseudo-header's sum.
