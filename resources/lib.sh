@@ -2,6 +2,7 @@
 
 tree=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 program=$(basename "$0")
+architecture=amd64 # of the packages of a private apt
 keyring=/usr/share/keyrings/debian-archive-keyring.gpg
 
 say() { echo "$program: $*" >&2; }
@@ -65,8 +66,8 @@ debian_sources() {
     for suite in "$@"; do
         kind=archive
         [[ $suite == *-security ]] && kind=security
-        printf 'Types: deb\nURIs: %s\nSuites: %s\nComponents: main\nArchitectures: amd64\nTargets: Packages\nSigned-By: %s\n\n' \
-            "${!kind}" "$suite" "$keyring"
+        printf 'Types: deb\nURIs: %s\nSuites: %s\nComponents: main\nArchitectures: %s\nTargets: Packages\nSigned-By: %s\n\n' \
+            "${!kind}" "$suite" "$architecture" "$keyring"
     done
 }
 
@@ -82,7 +83,7 @@ private_apt() {
 #clear APT::Update::Post-Invoke;
 #clear APT::Update::Post-Invoke-Success;
 #clear APT::Architectures;
-APT::Architecture "amd64";
+APT::Architecture "$architecture";
 APT::Sandbox::User "root";
 Acquire::Languages "none";
 Acquire::GzipIndexes "false";
