@@ -66,17 +66,27 @@ pub struct Signals {
 impl Signals {
     const ENDING: [libc::c_int; 3] = [libc::SIGINT, libc::SIGTERM, libc::SIGHUP];
 
-    /// Take the signals over from their default, for this thread and those it starts from now on.
+    /// Keep the signals waiting, for this thread and those it starts from now on: a single one without it would let
+    /// them end the process at once.
     ///
     /// # Errors
-    /// The host has no descriptor left.
-    pub fn new(stop: Arc<Stop>) -> anyhow::Result<Self> {
+    /// The host refuses.
+    pub fn hold() -> anyhow::Result<()> {
         for signal in Self::ENDING {
             match block_signal(signal) {
                 Ok(()) | Err(vmm_sys_util::signal::Error::SignalAlreadyBlocked(_)) => {}
                 Err(error) => anyhow::bail!("can't block signal {signal}: {error}"),
             }
         }
+        Ok(())
+    }
+
+    /// Take the signals over from their default.
+    ///
+    /// # Errors
+    /// The host has no descriptor left.
+    pub fn new(stop: Arc<Stop>) -> anyhow::Result<Self> {
+        Self::hold()?;
         let signals = create_sigset(&Self::ENDING).context("no set of signals")?;
         // SAFETY: `signals` is initialised, and -1 asks for a new descriptor.
         let descriptor = unsafe { libc::signalfd(-1, &signals, libc::SFD_CLOEXEC | libc::SFD_NONBLOCK) };

@@ -29,7 +29,6 @@ const CLIENT_LEFT: &str = "the client has left";
 /// Anything of the host's that fails.
 pub fn run(config: &ServeConfig) -> anyhow::Result<ExitCode> {
     let clock: Arc<dyn Clock> = Arc::new(MonotonicClock::new());
-    let trace = config.trace.as_deref().map(TraceFile::create).transpose()?;
     let stop = Stop::new()?;
     let mut events = EventLoop::new().context("no event loop")?;
     events.add_subscriber(Box::new(StopListener(stop.clone())));
@@ -39,6 +38,7 @@ pub fn run(config: &ServeConfig) -> anyhow::Result<ExitCode> {
         events.add_subscriber(Box::new(Timeout::new(after, stop.clone())?));
     }
     let cables = Exchange::new(clock.clone());
+    let trace = config.trace.as_deref().map(TraceFile::create).transpose()?;
     let around = Surroundings {
         netdevs: &config.netdevs,
         cables: &cables,

@@ -86,6 +86,8 @@ struct Outside {
 
 impl Outside {
     fn open(config: &VmConfig) -> anyhow::Result<Self> {
+        // Before the trace has its thread.
+        Signals::hold()?;
         let create = |path: &PathBuf| {
             File::create(path)
                 .with_context(|| format!("--console {}: the file can't be written", path.display()))
@@ -303,4 +305,64 @@ fn command_line(config: &VmConfig) -> String {
     let loglevel = if only_warnings { "loglevel=5" } else { "" };
     let words = ["console=ttyS0", loglevel, &config.append];
     words.into_iter().filter(|word| !word.is_empty()).collect::<Vec<_>>().join(" ")
+}
+
+#[cfg(test)]
+mod tests {
+    use std::{env, fs};
+
+    use super::*;
+    use crate::config::{Accel, Topology};
+
+    /// Set where the test has a process of its own.
+    const ALONE: &str = "MANA_TEST_ALONE";
+
+    /// Other tests in this process have traces and threads of theirs, so that it runs once more, by itself.
+    #[test]
+    fn the_traces_thread_leaves_signals_to_the_event_loop() {
+        if env::var_os(ALONE).is_none() {
+            let name = "vm::tests::the_traces_thread_leaves_signals_to_the_event_loop";
+            let mut command = std::process::Command::new(env::current_exe().unwrap());
+            let output = command.args(["--exact", name]).env(ALONE, "1").output().unwrap();
+            let said = String::from_utf8_lossy(&output.stdout);
+            assert!(output.status.success() && said.contains("1 passed"), "{said}");
+            return;
+        }
+        let trace = tempfile::NamedTempFile::new().unwrap();
+        let _outside = Outside::open(&config(trace.path())).unwrap();
+        // The first thread is the test harness's, which began before.
+        let harness = std::process::id().to_string();
+        let threads = fs::read_dir("/proc/self/task").unwrap().map(|thread| thread.unwrap());
+        let ours: Vec<_> = threads.filter(|thread| *thread.file_name() != *harness).collect();
+        assert_eq!(ours.len(), 2, "this one, and the trace's");
+        for thread in ours {
+            let status = fs::read_to_string(thread.path().join("status")).unwrap();
+            let blocked = status.lines().find_map(|line| line.strip_prefix("SigBlk:\t")).unwrap();
+            let blocked = u64::from_str_radix(blocked, 16).unwrap();
+            for signal in [libc::SIGINT, libc::SIGTERM, libc::SIGHUP] {
+                assert!(blocked & 1 << (signal - 1) != 0, "signal {signal} is not in {blocked:#x}");
+            }
+        }
+    }
+
+    fn config(trace: &std::path::Path) -> VmConfig {
+        VmConfig {
+            kernel: PathBuf::new(),
+            initrd: None,
+            modules: None,
+            driver: None,
+            append: String::new(),
+            exec: None,
+            topology: Topology { cpus: 1, threads: 1, cores: 1, sockets: 1, nodes: 1 },
+            memory: 1 << 29,
+            accel: Accel::Kvm,
+            netdevs: Vec::new(),
+            nics: Vec::new(),
+            virtio_nics: Vec::new(),
+            disks: Vec::new(),
+            trace: Some(trace.to_owned()),
+            console: None,
+            timeout: None,
+        }
+    }
 }
