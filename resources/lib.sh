@@ -111,6 +111,41 @@ unpack_package() {
     rm -r "$download"
 }
 
+series_of() { sed -E 's/^([0-9]+\.[0-9]+).*/\1/' <<<"$1"; }
+
+# Debian's stable suites by the mark in the kernel's version; a security or backports kernel needs its base's compiler.
+suite_of() {
+    case $1 in
+        *+deb13*) echo trixie ;;
+        *) echo bookworm ;;
+    esac
+}
+
+# in_folder COMMAND...: runs it in the build folder, as root there; without being root, in a user namespace.
+in_folder() {
+    local paths=(/usr/bin/env -i "PATH=/usr/sbin:/usr/bin:/sbin:/bin" "LC_ALL=C")
+    if [[ $EUID -eq 0 ]]; then
+        chroot "$folder" "${paths[@]}" "$@"
+    else
+        mmdebstrap --unshare-helper chroot "$folder" "${paths[@]}" "$@"
+    fi
+}
+
+# make_folder NAME PACKAGES: sets folder to $drivers/$suite/NAME, a folder with these packages and all they need, which
+# mmdebstrap makes from the private apt's sources.
+make_folder() {
+    folder=$drivers/$suite/$1
+    [[ ! -e $folder/.complete ]] || return 0
+    need_packages mmdebstrap
+    say "makes a folder with the compiler for $1"
+    rm -rf "$folder"
+    mkdir -p "$drivers/$suite"
+    mmdebstrap --quiet --variant=apt --include="$2" \
+        --aptopt='APT::Sandbox::User "root"' "$suite" "$folder" - <"$private_apt_dir/debian.sources" >&2 ||
+        fail "mmdebstrap could not make $folder"
+    in_folder touch /.complete
+}
+
 # Where cargo leaves what it builds for release (the target is named in .cargo/config.toml).
 binaries=$tree/target/x86_64-unknown-linux-gnu/release
 
