@@ -54,6 +54,16 @@ pub fn find() -> Result<PathBuf> {
     )
 }
 
+/// Why QEMU can't build `machine`, if it can't.
+pub fn impossible(machine: &Machine) -> Option<&'static str> {
+    let on_node_without_port = |device: &String| {
+        let place = Place::split(device).0;
+        place.node.is_some() && !place.port
+    };
+    let reason = "QEMU's host bridges of other nodes (pxb-pcie) take nothing but root ports";
+    machine.devices.iter().any(on_node_without_port).then_some(reason)
+}
+
 /// What a run needs to know.
 #[derive(Debug)]
 pub struct Order<'a> {
@@ -111,7 +121,11 @@ pub fn run(order: &Order<'_>) -> Result<Output> {
         }
         thread::sleep(CADENCE);
     }
-    let in_time = qemu.ended()?.is_some();
+    let ended = qemu.ended()?;
+    let in_time = ended.is_some();
+    if let Some(status) = ended.filter(|status| !status.success()) {
+        bail!("QEMU ended with {status}: {}", qemu.said());
+    }
     qemu.kill();
     let served = ended_early.map_or_else(|| server.await_end(PATIENCE), Ok)?;
     let text = |name: &str| {
@@ -178,7 +192,12 @@ fn qemu_arguments(order: &Order<'_>, sockets: &[PathBuf]) -> Result<Vec<String>>
     let kernel = crate::guest::folder().join(order.series).join("vmlinuz");
     let file = |name: &str| order.folder.join(name).display().to_string();
     let mut line = Line::default();
-    line.add("machine", if topology.nodes > 1 { PC.to_owned() } else { format!("{PC},memory-backend=ram0") });
+    // A function can be on a node only where QEMU is told of nodes.
+    let tell_nodes =
+        topology.nodes > 1 || machine.devices.iter().any(|device| Place::split(device).0.node.is_some());
+    line.add("machine", if tell_nodes { PC.to_owned() } else { format!("{PC},memory-backend=ram0") });
+    // Suspend to RAM: from that its clock wakes a guest, from suspend to idle it does not.
+    line.add("global", "ICH9-LPC.disable_s3=0");
     line.add("accel", if order.kvm { "kvm" } else { "tcg,thread=multi" });
     line.add("cpu", if order.kvm { "host" } else { CPU });
     let Topology { cpus, threads, packages, nodes } = topology;
@@ -190,7 +209,7 @@ fn qemu_arguments(order: &Order<'_>, sockets: &[PathBuf]) -> Result<Vec<String>>
         let size = mebibytes / nodes as u64;
         // The device maps the guest's memory, so that it must be shared.
         line.add("object", format!("memory-backend-memfd,id=ram{node},size={size}M,share=on"));
-        if nodes > 1 {
+        if tell_nodes {
             let (first, last) = (node * (cpus / nodes), (node + 1) * (cpus / nodes) - 1);
             line.add("numa", format!("node,nodeid={node},cpus={first}-{last},memdev=ram{node}"));
         }
@@ -431,6 +450,8 @@ mod tests {
                 &function("port3", 0, 3),
             ]
         );
+        assert!(impossible(&machine).is_some(), "QEMU refuses the third");
+        assert_eq!(impossible(&Machine::default()), None);
         assert_eq!(Place::split("mana,node=0,max-msix=3,slot=root").1, "mana,max-msix=3");
     }
 

@@ -93,8 +93,12 @@ impl Job {
         if let Some(Err(reason)) = &self.guest {
             return Some(reason.clone());
         }
-        let own_vmm_only = self.scenario.built_in_only.as_ref()?;
-        (settings.lane != Lane::BuiltIn).then(|| format!("for the built-in VMM only: {own_vmm_only}"))
+        if settings.lane == Lane::BuiltIn {
+            return None;
+        }
+        let own_vmm_only = self.scenario.built_in_only.as_deref();
+        let reason = own_vmm_only.or_else(|| qemu::impossible(&self.scenario.machine))?;
+        Some(format!("for the built-in VMM only: {reason}"))
     }
 
     /// Runs it, once more if the ground broke under it: level 1 died, or the guest before its driver was loaded.
