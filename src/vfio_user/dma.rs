@@ -7,17 +7,19 @@
 
 use std::collections::BTreeMap;
 use std::fs::File;
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsFd, OwnedFd};
 use std::sync::{Arc, PoisonError};
 use std::time::Duration;
 
 use mana_device::doors::Memory;
+use rustix::fs::fstatfs;
 use rustix::io::Errno;
 use vm_memory::{
     FileOffset, GuestAddress, GuestAddressSpace, GuestMemoryMmap, GuestMemoryRegion, GuestRegionMmap,
     MmapRegion,
 };
 
+use super::lost::Watch;
 use super::wire::{DmaMap, DmaUnmap, dma};
 use crate::warn_limited;
 
@@ -28,23 +30,41 @@ const PATIENCE: Duration = Duration::from_micros(20);
 /// A piece of this many bytes that comes without a file is worth a warning: it is the guest's RAM.
 const LARGE: u64 = 32 << 20;
 
-/// Pieces by address. The value is `None` where the device can't reach.
+/// A filesystem whose files are a program's, which may let us wait for their bytes for ever (`FUSE_SUPER_MAGIC`).
+const FUSE: u64 = 0x6573_5546;
+
+/// The client's memory. Dropping it takes it back.
 pub struct ClientMemory {
     memory: Memory,
-    pieces: BTreeMap<u64, (u64, Option<Arc<GuestRegionMmap>>)>,
+    /// By address.
+    pieces: BTreeMap<u64, Piece>,
+    /// The client's socket, which is shut down when memory is found gone; after the pieces, which refer to it.
+    socket: Option<OwnedFd>,
+}
+
+struct Piece {
+    size: u64,
+    /// None where the device can't reach.
+    reachable: Option<Reachable>,
+}
+
+struct Reachable {
+    // First, so that nothing is watched that is unmapped.
+    _watch: Watch,
+    region: Arc<GuestRegionMmap>,
 }
 
 impl ClientMemory {
     /// Nothing is mapped; what will be, appears in `memory`.
-    pub fn new(memory: Memory) -> Self {
-        Self { memory, pieces: BTreeMap::new() }
+    pub fn new(memory: Memory, socket: Option<OwnedFd>) -> Self {
+        Self { memory, pieces: BTreeMap::new(), socket }
     }
 
     /// Map a piece, which lies in `file` if it comes with one.
     ///
     /// # Errors
     /// EINVAL for a piece that makes no sense or a file that can't hold it, EEXIST if it overlaps another, ENOSPC if
-    /// there are too many, and what mmap says.
+    /// there are too many.
     pub fn map(&mut self, message: &DmaMap, file: Option<OwnedFd>) -> Result<(), Errno> {
         let (iova, size) = (message.iova.get(), message.size.get());
         let end = iova.checked_add(size).filter(|_| size > 0).ok_or(Errno::INVAL)?;
@@ -58,8 +78,8 @@ impl ClientMemory {
             return Err(Errno::NOSPC);
         }
         let writable = message.flags.get() & dma::WRITE != 0;
-        let region = match file {
-            Some(file) if writable => Some(Arc::new(region(message, file)?)),
+        let reachable = match file {
+            Some(file) if writable => Some(self.reach(message, file)?),
             None if writable && size >= LARGE => {
                 warn_limited!(
                     "the client's {} MiB at {iova:#x} come without a file, so that DMA can't reach them: QEMU's guest \
@@ -71,12 +91,24 @@ impl ClientMemory {
             }
             _ => None,
         };
-        if let Some(region) = &region {
+        if let Some(Reachable { region, .. }) = &reachable {
             let map = self.memory.memory().insert_region(region.clone()).map_err(|_| Errno::INVAL)?;
             self.replace(map);
         }
-        self.pieces.insert(iova, (size, region));
+        self.pieces.insert(iova, Piece { size, reachable });
         Ok(())
+    }
+
+    /// Maps what `message` describes.
+    fn reach(&self, message: &DmaMap, file: OwnedFd) -> Result<Reachable, Errno> {
+        let region = Arc::new(region(message, file)?);
+        let length = usize::try_from(region.len()).map_err(|_| Errno::INVAL)?;
+        let socket = self.socket.as_ref().map(|socket| socket.as_fd());
+        let watch = Watch::new(region.as_ptr(), length, socket).map_err(|error| {
+            log::info!("the client's memory can't be watched: {error}");
+            Errno::NOSPC
+        })?;
+        Ok(Reachable { _watch: watch, region })
     }
 
     /// Take back the pieces that lie in a range. When this returns nobody touches them any more.
@@ -112,7 +144,7 @@ impl ClientMemory {
 
     /// Start and end of each piece that touches `start..end`.
     fn overlapping(&self, start: u64, end: u64) -> impl Iterator<Item = (u64, u64)> + '_ {
-        let before_end = self.pieces.range(..end).rev().map(|(&at, &(size, _))| (at, at + size));
+        let before_end = self.pieces.range(..end).rev().map(|(&at, piece)| (at, at + piece.size));
         // Pieces don't overlap, so that going down the first that ends too early is followed by others that do.
         before_end.take_while(move |&(_, piece_end)| piece_end > start)
     }
@@ -121,17 +153,17 @@ impl ClientMemory {
         let mut leaving = Vec::new();
         let mut map: GuestMemoryMmap = (*self.memory.memory()).clone();
         for start in starts {
-            let Some((size, Some(region))) = self.pieces.remove(&start) else { continue };
+            let Some(Piece { size, reachable: Some(piece) }) = self.pieces.remove(&start) else { continue };
             if let Ok((without, _)) = map.remove_region(GuestAddress(start), size) {
                 map = without;
             }
-            leaving.push(region);
+            leaving.push(piece);
         }
         if leaving.is_empty() {
             return;
         }
         self.replace(map);
-        for region in &mut leaving {
+        for Reachable { region, .. } in &mut leaving {
             // Whoever began a batch before the map was replaced holds the old one, and with it the region.
             while Arc::get_mut(region).is_none() {
                 std::thread::sleep(PATIENCE);
@@ -144,14 +176,19 @@ impl ClientMemory {
     }
 }
 
-/// Maps what `message` describes.
+impl Drop for ClientMemory {
+    fn drop(&mut self) {
+        self.unmap_all();
+    }
+}
+
 fn region(message: &DmaMap, file: OwnedFd) -> Result<GuestRegionMmap, Errno> {
     let file = File::from(file);
     let metadata = file.metadata().map_err(|error| Errno::from_io_error(&error).unwrap_or(Errno::IO))?;
     let (offset, size) = (message.offset.get(), message.size.get());
     let fits = offset.checked_add(size).is_some_and(|end| end <= metadata.len());
     // A device's file may do anything when it is touched, a pipe has no memory.
-    if !metadata.is_file() || !fits {
+    if !metadata.is_file() || !fits || fstatfs(&file)?.f_type as u64 == FUSE {
         return Err(Errno::INVAL);
     }
     let length = usize::try_from(size).map_err(|_| Errno::INVAL)?;
@@ -183,7 +220,7 @@ mod tests {
 
     fn memory() -> (ClientMemory, Memory) {
         let memory: Memory = GuestMemoryAtomic::new(GuestMemoryMmap::default());
-        (ClientMemory::new(memory.clone()), memory)
+        (ClientMemory::new(memory.clone(), None), memory)
     }
 
     fn map(iova: u64, size: u64, offset: u64) -> DmaMap {
@@ -249,6 +286,19 @@ mod tests {
         assert_eq!(client.map(&map(0xb_0000, PAGE, 0), None), Err(Errno::EXIST));
         client.unmap(&unmap(0xa_0000, 0x2_0000)).unwrap();
         client.unmap(&unmap(0xc_0000, PAGE)).unwrap();
+    }
+
+    #[test]
+    fn memory_that_the_client_takes_away_ends_nobody() {
+        let (mut client, memory) = memory();
+        let file = file(2 * PAGE);
+        client.map(&map(0, 2 * PAGE, 0), Some(file.try_clone().unwrap())).unwrap();
+        memory.memory().write_slice(&[7], GuestAddress(PAGE)).unwrap();
+        ftruncate(&file, 0).unwrap();
+        assert_eq!(memory.memory().read_obj::<u8>(GuestAddress(PAGE)).unwrap(), 0);
+        memory.memory().write_slice(&[7], GuestAddress(PAGE)).unwrap();
+        client.unmap(&unmap(0, 2 * PAGE)).unwrap();
+        assert!(memory.memory().write_slice(&[7], GuestAddress(PAGE)).is_err());
     }
 
     #[test]

@@ -94,7 +94,7 @@ impl Exercise {
     /// # Panics
     /// The server breaks a promise: a reply is malformed, missing or one too many, or something of the client stays.
     pub fn play(&self, input: &[u8]) -> Vec<u8> {
-        let mut session = Session::new(&self.function);
+        let mut session = Session::new(&self.function, None);
         let mut frames = Frames::default();
         let mut replies = Vec::new();
         let mut rest = input;

@@ -3,7 +3,8 @@
 //!
 //! The client is the VMM: it has the guest's CPUs and memory, the PCI slot and the MSI-X table. We have the rest:
 //! accesses to configuration space and BARs come as messages ([`wire`]), which [`frames`] cuts out of the stream and a
-//! [`session`] answers; the client's memory comes as files that we map ([`dma`]), and interrupts go out through event
+//! [`session`] answers; the client's memory comes as files that we map ([`dma`]; what it takes
+//! away again while we use it, [`lost`] replaces), and interrupts go out through event
 //! descriptors ([`irqs`]). The [`server`] has a thread and a socket for each function, and one client at a time on it.
 //!
 //! Writes to BARs are posted: the client waits for no answer, and while we are busy it gathers them into one message
@@ -23,6 +24,7 @@ pub mod dma;
 pub mod exercise;
 pub mod frames;
 pub mod irqs;
+pub mod lost;
 pub mod server;
 pub mod session;
 pub mod wire;

@@ -3,6 +3,7 @@
 use std::fs;
 use std::io::ErrorKind;
 use std::net::Shutdown;
+use std::os::fd::OwnedFd;
 use std::os::unix::fs::FileTypeExt;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
@@ -51,9 +52,9 @@ impl Server {
         let thread = std::thread::Builder::new().name("vfio-user".into());
         let name = path.to_owned();
         let serve = move || {
-            while let Some(stream) = next_client(&listener, &shared, &name) {
+            while let Some((stream, socket)) = next_client(&listener, &shared, &name) {
                 log::info!("{}: a client has come", name.display());
-                let mut session = Session::new(&function);
+                let mut session = Session::new(&function, Some(socket));
                 let ended = connection::serve(&stream, &mut session);
                 shared.lock().unwrap_or_else(PoisonError::into_inner).client = None;
                 // Whoever waits for us to be done with the guest's memory sees the end of the stream at the end.
@@ -97,18 +98,18 @@ impl Drop for Server {
     }
 }
 
-/// The next client, or `None` when the server is to end.
-fn next_client(listener: &UnixListener, state: &Mutex<State>, path: &Path) -> Option<UnixStream> {
+/// The next client, with a second descriptor of its socket, or `None` when the server is to end.
+fn next_client(listener: &UnixListener, state: &Mutex<State>, path: &Path) -> Option<(UnixStream, OwnedFd)> {
     loop {
         let accepted = listener.accept();
         let mut state = state.lock().unwrap_or_else(PoisonError::into_inner);
         if state.stopping {
             return None;
         }
-        match accepted.and_then(|(stream, _)| Ok((stream.try_clone()?, stream))) {
-            Ok((stream, ours)) => {
+        match accepted.and_then(|(stream, _)| Ok((stream.try_clone()?, stream.try_clone()?, stream))) {
+            Ok((stream, socket, ours)) => {
                 state.client = Some(ours);
-                return Some(stream);
+                return Some((stream, socket.into()));
             }
             Err(error) => {
                 log::warn!("{}: a client can't be served: {error}", path.display());

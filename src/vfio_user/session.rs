@@ -74,8 +74,9 @@ pub struct Session {
 }
 
 impl Session {
-    /// A client has come; the device is in its power-on state.
-    pub fn new(function: &Function) -> Self {
+    /// A client has come; the device is in its power-on state. The client's `socket` is shut down when memory that it
+    /// has lent is found gone.
+    pub fn new(function: &Function, socket: Option<OwnedFd>) -> Self {
         let Function { device, config, memory, events } = function;
         let mut sizes = [0; region::COUNT as usize];
         for (index, size) in config.bars() {
@@ -85,7 +86,7 @@ impl Session {
         Self {
             device: device.clone(),
             events: events.clone(),
-            memory: ClientMemory::new(memory.clone()),
+            memory: ClientMemory::new(memory.clone(), socket),
             sizes,
             vectors: config.msix_table_size.into(),
             table: config.msix_table,

@@ -17,7 +17,7 @@ use proptest::prelude::*;
 use rustix::event::{EventfdFlags, eventfd};
 use rustix::fs::{MemfdFlags, ftruncate, memfd_create};
 use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags, sendmsg};
-use vm_memory::{GuestMemoryAtomic, GuestMemoryMmap};
+use vm_memory::{Bytes, GuestAddress, GuestAddressSpace, GuestMemoryAtomic, GuestMemoryMmap};
 use zerocopy::{FromBytes, IntoBytes};
 
 use super::exercise::{Exercise, reads, request};
@@ -66,6 +66,7 @@ struct Served {
     server: Option<Server>,
     log: Arc<Log>,
     events: Arc<EventDescriptors>,
+    memory: Memory,
     left: Receiver<()>,
 }
 
@@ -73,10 +74,11 @@ impl Served {
     fn new() -> Self {
         let folder = tempfile::tempdir().unwrap();
         let (function, log, events) = function();
+        let memory = function.memory.clone();
         let (tell, left) = channel();
         let on_left = Box::new(move || tell.send(()).unwrap_or_default());
         let server = Server::start(&folder.path().join("s"), function, Box::new(|| ()), on_left).unwrap();
-        Self { folder, server: Some(server), log, events, left }
+        Self { folder, server: Some(server), log, events, memory, left }
     }
 
     fn path(&self) -> PathBuf {
@@ -437,6 +439,24 @@ fn a_client_that_breaks_the_stream_ends_only_its_own_connection() {
     client.await_end();
     served.await_left();
     assert_eq!(bystander.read(region::CONFIG, 0, 2).unwrap(), 0x1414_u16.to_le_bytes());
+    assert_eq!(served.greeted().read(region::CONFIG, 0, 2).unwrap(), 0x1414_u16.to_le_bytes());
+}
+
+#[test]
+fn a_client_that_shortens_its_memory_ends_only_its_own_connection() {
+    let (served, other) = (Served::new(), Served::new());
+    let mut bystander = other.greeted();
+    let theirs = memory(1 << 20);
+    assert_eq!(bystander.errno(&map(0, 1 << 20), &[theirs.as_fd()]), 0);
+    let mut client = served.greeted();
+    let file = memory(1 << 20);
+    assert_eq!(client.errno(&map(0, 1 << 20), &[file.as_fd()]), 0);
+    ftruncate(&file, 0).unwrap();
+    served.memory.memory().write_obj(7_u32, GuestAddress(0x1000)).unwrap();
+    client.await_end();
+    served.await_left();
+    assert_eq!(bystander.read(region::CONFIG, 0, 2).unwrap(), 0x1414_u16.to_le_bytes());
+    other.memory.memory().write_obj(7_u32, GuestAddress(0x1000)).unwrap();
     assert_eq!(served.greeted().read(region::CONFIG, 0, 2).unwrap(), 0x1414_u16.to_le_bytes());
 }
 
