@@ -11,7 +11,7 @@ use crate::observe::Fields;
 use crate::status::{CommandError, Status};
 use crate::table::{Device, Objects, Origin};
 use crate::wire::hwc::{MAX_MESSAGE, RequestHeader, ResponseHeader};
-use crate::wire::{gdma as wire_gdma, mana as wire_mana};
+use crate::wire::{FieldMap, gdma as wire_gdma, mana as wire_mana};
 use crate::{gdma, mana};
 
 /// What a handler works on.
@@ -166,7 +166,7 @@ impl Request {
 }
 
 macro_rules! commands {
-    ($($code:literal $name:ident $variant:ident($body:ty $(, since $least:literal)?) => $handler:path;)+) => {
+    ($($code:literal $name:ident $variant:ident($body:ty $(, since $least:literal)?) -> $reply:ty => $handler:path;)+) => {
         /// A command, parsed.
         pub enum Command<'a> {
             $(#[doc = stringify!($name)] $variant(Message<'a, $body>),)+
@@ -203,41 +203,76 @@ macro_rules! commands {
                 _ => None,
             }
         }
+
+        /// The code of the command that the driver calls `name`.
+        pub fn code(name: &str) -> Option<u32> {
+            match name {
+                $(stringify!($name) => Some($code),)+
+                _ => None,
+            }
+        }
+
+        /// The fields behind the header of the response to command `code`.
+        pub fn reply_fields(code: u32) -> FieldMap {
+            match code {
+                $($code => <$reply>::FIELDS,)+
+                _ => &[],
+            }
+        }
     };
     (@least) => { None };
     (@least $least:literal) => { Some($least) };
 }
 
 commands! {
-    1 GDMA_VERIFY_VF_DRIVER_VERSION VerifyVersion(wire_gdma::VerifyVersion) => gdma::device::verify_version;
-    2 GDMA_QUERY_MAX_RESOURCES QueryMaxResources(wire_gdma::Empty) => gdma::device::query_max_resources;
-    3 GDMA_LIST_DEVICES ListDevices(wire_gdma::Empty) => gdma::device::list_devices;
-    4 GDMA_REGISTER_DEVICE RegisterDevice(wire_gdma::Empty) => gdma::device::register;
-    5 GDMA_DEREGISTER_DEVICE DeregisterDevice(wire_gdma::Empty) => gdma::device::deregister;
-    10 GDMA_GENERATE_TEST_EQE GenerateTestEqe(wire_gdma::GenerateTestEqe) => gdma::queue::generate_test_eqe;
-    12 GDMA_CREATE_QUEUE CreateQueue(wire_gdma::CreateQueue) => gdma::queue::create;
-    13 GDMA_DISABLE_QUEUE DisableQueue(wire_gdma::DisableQueue) => gdma::queue::disable;
-    22 GDMA_ALLOCATE_RESOURCE_RANGE AllocateResourceRange(wire_gdma::AllocateResourceRange)
+    1 GDMA_VERIFY_VF_DRIVER_VERSION VerifyVersion(wire_gdma::VerifyVersion) -> wire_gdma::VerifyVersionReply
+        => gdma::device::verify_version;
+    2 GDMA_QUERY_MAX_RESOURCES QueryMaxResources(wire_gdma::Empty) -> wire_gdma::MaxResources
+        => gdma::device::query_max_resources;
+    3 GDMA_LIST_DEVICES ListDevices(wire_gdma::Empty) -> wire_gdma::DeviceList => gdma::device::list_devices;
+    4 GDMA_REGISTER_DEVICE RegisterDevice(wire_gdma::Empty) -> wire_gdma::RegisterDeviceReply
+        => gdma::device::register;
+    5 GDMA_DEREGISTER_DEVICE DeregisterDevice(wire_gdma::Empty) -> wire_gdma::Empty
+        => gdma::device::deregister;
+    10 GDMA_GENERATE_TEST_EQE GenerateTestEqe(wire_gdma::GenerateTestEqe) -> wire_gdma::Empty
+        => gdma::queue::generate_test_eqe;
+    12 GDMA_CREATE_QUEUE CreateQueue(wire_gdma::CreateQueue) -> wire_gdma::CreateQueueReply
+        => gdma::queue::create;
+    13 GDMA_DISABLE_QUEUE DisableQueue(wire_gdma::DisableQueue) -> wire_gdma::Empty => gdma::queue::disable;
+    22 GDMA_ALLOCATE_RESOURCE_RANGE AllocateResourceRange(wire_gdma::AllocateResourceRange) -> wire_gdma::AllocateResourceRangeReply
         => gdma::resource::allocate_range;
-    24 GDMA_DESTROY_RESOURCE_RANGE DestroyResourceRange(wire_gdma::DestroyResourceRange)
+    24 GDMA_DESTROY_RESOURCE_RANGE DestroyResourceRange(wire_gdma::DestroyResourceRange) -> wire_gdma::Empty
         => gdma::resource::destroy_range;
-    25 GDMA_CREATE_DMA_REGION CreateDmaRegion(wire_gdma::CreateDmaRegion) => gdma::region::create;
-    26 GDMA_DMA_REGION_ADD_PAGES AddPages(wire_gdma::AddPages) => gdma::region::add_pages;
-    27 GDMA_DESTROY_DMA_REGION DestroyDmaRegion(wire_gdma::HandleOnly) => gdma::region::destroy;
-    29 GDMA_CREATE_PD CreatePd(wire_gdma::CreatePd) => gdma::resource::create_pd;
-    30 GDMA_DESTROY_PD DestroyPd(wire_gdma::HandleOnly) => gdma::resource::destroy_pd;
-    84 GDMA_QUERY_HWC_TIMEOUT QueryHwcTimeout(wire_gdma::QueryHwcTimeout) => gdma::device::query_hwc_timeout;
-    0x20001 MANA_QUERY_DEV_CONFIG QueryDevConfig(wire_mana::QueryDevConfig) => mana::vport::query_dev_config;
-    0x20002 MANA_QUERY_GF_STAT QueryGfStat(wire_mana::QueryGfStat) => mana::stats::query_gf_stat;
-    0x20003 MANA_CONFIG_VPORT_TX ConfigVportTx(wire_mana::ConfigVportTx) => mana::vport::config_tx;
-    0x20004 MANA_CREATE_WQ_OBJ CreateWqObj(wire_mana::CreateWqObj, since 88) => mana::wq::create;
-    0x20005 MANA_DESTROY_WQ_OBJ DestroyWqObj(wire_mana::DestroyWqObj) => mana::wq::destroy;
-    0x20006 MANA_FENCE_RQ FenceRq(wire_mana::FenceRq) => mana::wq::fence;
-    0x20007 MANA_CONFIG_VPORT_RX ConfigVportRx(wire_mana::ConfigVportRx, since 112) => mana::vport::config_rx;
-    0x20008 MANA_QUERY_VPORT_CONFIG QueryVportConfig(wire_mana::QueryVportConfig) => mana::vport::query_config;
-    0x2000a MANA_QUERY_LINK_CONFIG QueryLinkConfig(wire_mana::QueryLinkConfig) => mana::stats::query_link_config;
-    0x2000b MANA_SET_BW_CLAMP SetBwClamp(wire_mana::SetBwClamp) => mana::stats::set_bw_clamp;
-    0x2000c MANA_QUERY_PHY_STAT QueryPhyStat(wire_mana::QueryPhyStat) => mana::stats::query_phy_stat;
+    25 GDMA_CREATE_DMA_REGION CreateDmaRegion(wire_gdma::CreateDmaRegion) -> wire_gdma::CreateDmaRegionReply
+        => gdma::region::create;
+    26 GDMA_DMA_REGION_ADD_PAGES AddPages(wire_gdma::AddPages) -> wire_gdma::Empty => gdma::region::add_pages;
+    27 GDMA_DESTROY_DMA_REGION DestroyDmaRegion(wire_gdma::HandleOnly) -> wire_gdma::Empty
+        => gdma::region::destroy;
+    29 GDMA_CREATE_PD CreatePd(wire_gdma::CreatePd) -> wire_gdma::CreatePdReply => gdma::resource::create_pd;
+    30 GDMA_DESTROY_PD DestroyPd(wire_gdma::HandleOnly) -> wire_gdma::Empty => gdma::resource::destroy_pd;
+    84 GDMA_QUERY_HWC_TIMEOUT QueryHwcTimeout(wire_gdma::QueryHwcTimeout) -> wire_gdma::QueryHwcTimeout
+        => gdma::device::query_hwc_timeout;
+    0x20001 MANA_QUERY_DEV_CONFIG QueryDevConfig(wire_mana::QueryDevConfig) -> wire_mana::QueryDevConfigReply
+        => mana::vport::query_dev_config;
+    0x20002 MANA_QUERY_GF_STAT QueryGfStat(wire_mana::QueryGfStat) -> wire_mana::GfStat
+        => mana::stats::query_gf_stat;
+    0x20003 MANA_CONFIG_VPORT_TX ConfigVportTx(wire_mana::ConfigVportTx) -> wire_mana::ConfigVportTxReply
+        => mana::vport::config_tx;
+    0x20004 MANA_CREATE_WQ_OBJ CreateWqObj(wire_mana::CreateWqObj, since 88) -> wire_mana::CreateWqObjReply
+        => mana::wq::create;
+    0x20005 MANA_DESTROY_WQ_OBJ DestroyWqObj(wire_mana::DestroyWqObj) -> wire_gdma::Empty
+        => mana::wq::destroy;
+    0x20006 MANA_FENCE_RQ FenceRq(wire_mana::FenceRq) -> wire_gdma::Empty => mana::wq::fence;
+    0x20007 MANA_CONFIG_VPORT_RX ConfigVportRx(wire_mana::ConfigVportRx, since 112) -> wire_mana::ConfigVportRxReply
+        => mana::vport::config_rx;
+    0x20008 MANA_QUERY_VPORT_CONFIG QueryVportConfig(wire_mana::QueryVportConfig) -> wire_mana::QueryVportConfigReply
+        => mana::vport::query_config;
+    0x2000a MANA_QUERY_LINK_CONFIG QueryLinkConfig(wire_mana::QueryLinkConfig) -> wire_mana::QueryLinkConfigReply
+        => mana::stats::query_link_config;
+    0x2000b MANA_SET_BW_CLAMP SetBwClamp(wire_mana::SetBwClamp) -> wire_mana::SetBwClampReply
+        => mana::stats::set_bw_clamp;
+    0x2000c MANA_QUERY_PHY_STAT QueryPhyStat(wire_mana::QueryPhyStat) -> wire_mana::PhyStat
+        => mana::stats::query_phy_stat;
 }
 
 /// The response to `header`, as long as the driver has room for and no longer than a page.

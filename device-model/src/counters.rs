@@ -88,6 +88,8 @@ counters! {
         msix_out_of_range,
         /// Breaches of the device's rules by the driver.
         rule_violations,
+        /// Strikes of the simulated host's faults.
+        faults,
     }
 }
 

@@ -11,6 +11,7 @@ use crate::counters::Counters;
 use crate::dma::Dma;
 use crate::doors::{Clock, Memory, MsiSink, Port, RxFrame, Waker, Work};
 use crate::firmware::Firmware;
+use crate::host::{Answer, Words};
 use crate::observe::{Event, Fields, Observer, Tracer};
 use crate::pci::config_space::ConfigSpace;
 use crate::pci::msix::Msix;
@@ -120,7 +121,15 @@ impl ManaDevice {
         let msix =
             Msix::new(config.msix_table_size, msi, bus_master.clone(), tracer.clone(), counters.clone());
         let dma = Dma::new(memory, bus_master.clone());
-        let core = Arc::new(Core { tracer, counters, rules: Rules::default(), dma, msix, waker });
+        let core = Arc::new(Core {
+            tracer,
+            counters,
+            rules: Rules::default(),
+            dma,
+            msix,
+            waker,
+            host: Arc::default(),
+        });
         let queues = Queues::new(core.clone(), Limits::of(&config));
         let vports = config.vports.iter().zip(ports);
         let vports = vports.map(|(vport, port)| Vport::new(vport.mac, port, config.mtu)).collect();
@@ -308,6 +317,31 @@ impl ManaDevice {
     /// is no such port.
     pub fn set_tx_policy(&self, port: usize, policy: TxPolicy) -> bool {
         self.card.vports.get(port).map(|vport| vport.set_tx_policy(policy)).is_some()
+    }
+    /// Do what `words` ask of the simulated host; [`host`](crate::host) has the language. From any thread.
+    ///
+    /// # Errors
+    /// One sentence that says which word is wrong and what would be right; nothing is done then.
+    pub fn control<W: AsRef<str>>(&self, words: &[W]) -> Result<Answer, String> {
+        let words = Words::parse(words)?;
+        let plan = &self.card.core.host;
+        if let Some(done) = plan.execute(&words) {
+            match &words {
+                Words::Mark(name) => self.card.core.tracer.emit(|| Event::Mark { name: name.clone() }),
+                Words::Clear(None) if done.is_ok() => lock(&self.firmware).heal(&self.card),
+                _ => {}
+            }
+            return done;
+        }
+        Ok(match words {
+            Words::Ledger => {
+                let live = self.ledger();
+                self.card.core.tracer.emit(|| Event::Ledger { live: live.clone() });
+                Answer::one("ledger", live)
+            }
+            Words::Rules => Answer::one("rules", self.violations()),
+            _ => Answer::one("counters", self.counters()),
+        })
     }
     /// Rules of the device that the driver broke, with how often.
     pub fn violations(&self) -> Fields {

@@ -77,6 +77,12 @@ impl Firmware {
         *hwc = None;
         ledger::release_all(card, objects);
     }
+    /// The host's faults are cleared: what they have held back comes now.
+    pub fn heal(&mut self, card: &Card) {
+        if let Some(hwc) = &mut self.hwc {
+            hwc.release_held(card);
+        }
+    }
     /// Live objects by kind.
     pub fn ledger(&self) -> Fields {
         let mut live = ledger::fields(&self.objects);

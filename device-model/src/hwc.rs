@@ -7,6 +7,8 @@
 //! Source: `mana_hwc_init_queues`, `mana_hwc_rx_event_handler`, `mana_hwc_post_tx_wqe` (hw_channel.c); the sheet's
 //! section 4.
 
+mod faults;
+
 use zerocopy::little_endian::U32;
 use zerocopy::{FromBytes, IntoBytes};
 
@@ -15,6 +17,7 @@ use crate::command::{self, Command, CommandResult, Context, Request};
 use crate::count;
 use crate::device::Ran;
 use crate::dma::GuestRam;
+use crate::host::Point;
 use crate::observe::{Event, Fields, QueueKind};
 use crate::queues::{Core, HWC_QUEUE, Slot};
 use crate::region::RingMemory;
@@ -22,9 +25,10 @@ use crate::ring::{CompletionQueue, EventQueue, WorkQueue, Wqe};
 use crate::rules::Rule;
 use crate::status::{CommandError, Status};
 use crate::table::{Device, Objects, Origin};
-use crate::wire::hwc::{MAX_MESSAGE, RequestHeader, RxOob, TxOob, init_data};
+use crate::wire::hwc::{MAX_MESSAGE, RequestHeader, ResponseHeader, RxOob, TxOob, init_data};
 use crate::wire::queue::{Cqe, EventEntry};
 use crate::wire::smc::EstablishHwc;
+use faults::Late;
 
 /// Requests in flight that the card announces; the driver uses one whatever is announced.
 const QUEUE_DEPTH: u32 = 1;
@@ -50,6 +54,8 @@ pub struct Hwc {
     response: Box<[u8; MAX_MESSAGE]>,
     wqe: Wqe,
     buffer: Wqe,
+    /// Responses that the simulated host has put off.
+    late: Late,
 }
 
 /// What became of the next request.
@@ -104,6 +110,7 @@ impl Hwc {
             response: Box::new([0; MAX_MESSAGE]),
             wqe: Wqe::default(),
             buffer: Wqe::default(),
+            late: Late::default(),
         })
     }
     /// The channel's queues end: the card touches their memory no more.
@@ -131,6 +138,9 @@ impl Hwc {
         Ran::More
     }
     fn step(&mut self, card: &Card, ram: &GuestRam<'_>, objects: &mut Objects, seq: &mut u64) -> Step {
+        if !self.late.is_empty() && self.deliver_late(card, ram) {
+            return Step::Answered;
+        }
         let tail = card.queues.sq(HWC_QUEUE).map_or(0, Slot::tail);
         match self.sq.fetch(&self.sq.view(ram), tail, &mut self.wqe) {
             Ok(false) => return Step::Rest(tail),
@@ -148,18 +158,43 @@ impl Hwc {
         match self.read_request(ram) {
             Ok(()) => {
                 *seq += 1;
-                let len = self.execute(card, ram, objects, *seq);
-                let sent = self.write_response(ram, len);
-                self.complete(card, ram, Some(sent));
-                self.rq.advance(&self.buffer);
+                match self.execute(card, ram, objects, *seq) {
+                    Some((len, told)) => {
+                        let response = self.response.get(..len).unwrap_or_default();
+                        let sent = write_response(&self.buffer, ram, response);
+                        // What found no room was not sent; beyond that, only the host lies about it.
+                        let told = if told == len { sent } else { told };
+                        self.complete(card, ram, true, Some(told));
+                        self.rq.advance(&self.buffer);
+                    }
+                    None => self.complete(card, ram, true, None),
+                }
             }
             Err(cause) => {
                 bad_request(card, &cause);
-                self.complete(card, ram, None);
+                self.complete(card, ram, true, None);
             }
         }
         self.sq.advance(&self.wqe);
         Step::Answered
+    }
+    /// Deliver a response that was put off, if one is due and there is a buffer for it.
+    #[cold]
+    fn deliver_late(&mut self, card: &Card, ram: &GuestRam<'_>) -> bool {
+        let now_ns = card.core.tracer.now_ns();
+        if !self.late.any_due(now_ns) || !self.reserve(card, ram) {
+            return false;
+        }
+        let Some((response, told)) = self.late.take(now_ns) else { return false };
+        write_response(&self.buffer, ram, &response);
+        self.complete(card, ram, false, Some(told as usize));
+        self.rq.advance(&self.buffer);
+        true
+    }
+    /// What the host holds back until its faults are cleared comes now.
+    pub fn release_held(&mut self, card: &Card) {
+        self.late.release();
+        card.queues.resume(HWC_QUEUE);
     }
     /// Whether there is a buffer for the response and room for its completions. If not, the doorbell that brings
     /// them runs the channel again.
@@ -207,8 +242,15 @@ impl Hwc {
         }
         Ok(())
     }
-    /// Parse and do the command; the answer is the length of the response.
-    fn execute(&mut self, card: &Card, ram: &GuestRam<'_>, objects: &mut Objects, seq: u64) -> usize {
+    /// Parse and do the command; the answer is the length of the response and the length that its completion tells,
+    /// unless none comes now.
+    fn execute(
+        &mut self,
+        card: &Card,
+        ram: &GuestRam<'_>,
+        objects: &mut Objects,
+        seq: u64,
+    ) -> Option<(usize, usize)> {
         let Core { tracer, counters, .. } = &*card.core;
         let header = self.request.header();
         let (code, version) = (header.msg_type.get(), header.msg_version.get());
@@ -224,7 +266,12 @@ impl Hwc {
             let fields = parsed.as_ref().map(Command::fields).unwrap_or_default();
             Event::HwcRequest { seq, command, code, version, fields }
         });
-        let result = parsed.and_then(|parsed| {
+        card.core.host.count_command();
+        let hits = match card.core.host.watches(Point::Command) {
+            true => faults::strike(card, code, command, seq),
+            false => Vec::new(),
+        };
+        let result = faults::refusal(&hits).map_or(parsed, Err).and_then(|parsed| {
             let origin = Origin { seq, command };
             parsed.execute(&mut Context { card, objects, memory: ram.memory(), origin })
         });
@@ -238,30 +285,31 @@ impl Hwc {
             }
         }
         let len = command::response(&header, &result, &mut self.response);
-        tracer.emit(|| {
-            response_event(seq, &header, command, &result, tracer.stamp_ns().saturating_sub(started))
-        });
-        len
-    }
-    /// Write the response's `len` bytes into the receive buffer; the answer is how many got there.
-    fn write_response(&self, ram: &GuestRam<'_>, len: usize) -> usize {
-        let mut rest = self.response.get(..len).unwrap_or_default();
-        let mut sent = 0;
-        for sge in self.buffer.sgl() {
-            let (piece, later) = rest.split_at(rest.len().min(sge.size.get() as usize));
-            if sge.mem_key.get() != Device::Hwc.gpa_mkey() || ram.write(sge.address.get(), piece).is_err() {
-                break;
-            }
-            sent += piece.len();
-            rest = later;
+        let mut told = len;
+        let mut comes = true;
+        if !hits.is_empty() {
+            let response = self.response.get_mut(..len).unwrap_or_default();
+            told = faults::garble(card, ram, &hits, code, response) as usize;
+            comes = faults::post_later(card, &mut self.late, &hits, response, told as u32);
         }
-        sent
+        if !faults::is_silent(&hits) {
+            let status =
+                ResponseHeader::read_from_prefix(self.response.as_slice()).map(|(head, _)| head.status);
+            let status = status.map_or(0, U32::get);
+            tracer.emit(|| {
+                let duration_ns = tracer.stamp_ns().saturating_sub(started);
+                response_event(seq, &header, command, &result, status, duration_ns)
+            });
+        }
+        comes.then_some((len, told))
     }
-    /// Post the completion of the send WQE and, with the bytes that were sent, of the receive WQE.
-    fn complete(&self, card: &Card, ram: &GuestRam<'_>, sent: Option<usize>) {
+    /// Post the completion of the send WQE, if `send`, and, with the bytes that were sent, of the receive WQE.
+    fn complete(&self, card: &Card, ram: &GuestRam<'_>, send: bool, sent: Option<usize>) {
         let posted = card.queues.complete(ram, HWC_QUEUE, |cq| {
             let view = cq.view(ram);
-            cq.post(&view, &[0; Cqe::DATA], HWC_QUEUE, true)?;
+            if send {
+                cq.post(&view, &[0; Cqe::DATA], HWC_QUEUE, true)?;
+            }
             let Some(sent) = sent else { return Ok(()) };
             let oob = RxOob {
                 wqe_offset: self.rq.head().into(),
@@ -278,6 +326,21 @@ impl Hwc {
     }
 }
 
+/// Write `response` into the receive buffer; the answer is how many bytes got there.
+fn write_response(buffer: &Wqe, ram: &GuestRam<'_>, response: &[u8]) -> usize {
+    let mut rest = response;
+    let mut sent = 0;
+    for sge in buffer.sgl() {
+        let (piece, later) = rest.split_at(rest.len().min(sge.size.get() as usize));
+        if sge.mem_key.get() != Device::Hwc.gpa_mkey() || ram.write(sge.address.get(), piece).is_err() {
+            break;
+        }
+        sent += piece.len();
+        rest = later;
+    }
+    sent
+}
+
 fn bad_request(card: &Card, cause: &dyn std::fmt::Display) {
     count!(card.core.counters.hwc_bad_requests, "the hardware channel's request can't be read: {cause}");
     card.core.broken(Rule::HwcMessage, || cause.to_string());
@@ -288,13 +351,14 @@ fn response_event(
     header: &RequestHeader,
     command: &'static str,
     result: &CommandResult,
+    status: u32,
     duration_ns: u64,
 ) -> Event {
-    let (status, own_version, fields) = match result {
-        Ok(reply) => (reply.status, reply.version, reply.fields()),
-        Err(error) => (error.status, 1, Fields::default()),
+    let (own_version, fields) = match result {
+        Ok(reply) => (reply.version, reply.fields()),
+        Err(_) => (1, Fields::default()),
     };
     let version = own_version.min(header.resp_msg_version.get());
     let code = header.msg_type.get();
-    Event::HwcResponse { seq, command, code, version, status: status as u32, duration_ns, fields }
+    Event::HwcResponse { seq, command, code, version, status, duration_ns, fields }
 }

@@ -13,6 +13,7 @@ mod dma;
 pub mod doors;
 mod firmware;
 mod gdma;
+pub mod host;
 mod hwc;
 mod ledger;
 mod mana;

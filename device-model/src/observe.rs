@@ -166,6 +166,9 @@ pub enum Event {
     VportRx { vport: u16, enable: bool, rss: bool, entries: u16, coalescing: bool },
     #[serde(rename = "fault")]
     Fault { detail: String },
+    /// A moment that somebody outside has named.
+    #[serde(rename = "mark")]
+    Mark { name: String },
     #[serde(rename = "host.event")]
     HostEvent { detail: String },
     #[serde(rename = "rule.violation")]

@@ -16,6 +16,7 @@ use crate::count;
 use crate::counters::Counters;
 use crate::dma::{Dma, GuestRam};
 use crate::doors::{Waker, Work};
+use crate::host::Plan;
 use crate::observe::{Event, QueueKind, Tracer};
 use crate::pci::msix::Msix;
 use crate::ring::{CompletionQueue, EventQueue, Moderation, Notify, PostError, Rung, WorkQueue, Wqe};
@@ -47,6 +48,8 @@ pub struct Core {
     pub msix: Msix,
     /// Whoever runs the queues.
     pub waker: Arc<dyn Waker>,
+    /// What the simulated host does wrong.
+    pub host: Arc<Plan>,
 }
 
 impl Core {
@@ -289,6 +292,7 @@ impl Queues {
             match timer {
                 Timer::Moderation { cq } => self.expire(cq, now_ns),
                 Timer::Shaping { sq } => self.resume(sq),
+                Timer::Host => self.resume(HWC_QUEUE),
             }
         }
         self.timers.earliest()

@@ -20,6 +20,8 @@ pub enum Timer {
         /// Send queue id.
         sq: u32,
     },
+    /// Something that the simulated host has put off.
+    Host,
 }
 
 /// All deadlines. A queue has one at a time, but for those of queues that are gone and had the same id; whoever it
@@ -58,9 +60,9 @@ impl Timers {
     pub fn earliest(&self) -> Option<u64> {
         lock(&self.due).peek().map(|Reverse((at_ns, _))| *at_ns)
     }
-    /// Forget all.
+    /// Forget all but the host's, which outlast what a driver has made.
     pub fn clear(&self) {
-        lock(&self.due).clear();
+        lock(&self.due).retain(|Reverse((_, timer))| *timer == Timer::Host);
     }
 }
 

@@ -114,6 +114,7 @@ impl Rig {
             dma: Dma::new(GuestMemoryAtomic::new(memory.clone()), bus_master.clone()),
             msix: Msix::new(1, Arc::new(Silent), bus_master.clone(), tracer, counters),
             waker: woken.clone(),
+            host: Arc::default(),
         };
         let limits = Limits { eqs: 2, cqs: 4096, sqs: 4096, rqs: 4096 };
         let queues = Queues::new(Arc::new(core), limits);

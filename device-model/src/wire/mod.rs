@@ -24,6 +24,14 @@ macro_rules! wire {
             #[repr(C)]
             pub struct $name { $($(#[$field_meta])* pub $field: $ty,)* }
 
+            impl $name {
+                /// Name and bytes of each field.
+                pub const FIELDS: $crate::wire::FieldMap = &[$((stringify!($field), {
+                    let start = std::mem::offset_of!($name, $field);
+                    start..start + size_of::<$ty>()
+                }),)*];
+            }
+
             impl Default for $name {
                 fn default() -> Self {
                     zerocopy::FromZeros::new_zeroed()
@@ -32,6 +40,9 @@ macro_rules! wire {
         )+
     };
 }
+
+/// Fields of a message: the name and the bytes of each, from where it begins.
+pub type FieldMap = &'static [(&'static str, std::ops::Range<usize>)];
 
 pub mod gdma;
 pub mod hwc;

@@ -158,6 +158,13 @@ pub enum EventEntry {
     },
     /// `GDMA_EQE_HWC_INIT_DONE`: the channel is up.
     HwcInitDone,
+    /// Any other that the simulated host raises.
+    Other {
+        /// Type.
+        kind: u8,
+        /// `details[0]`.
+        detail: u32,
+    },
 }
 
 impl EventEntry {
@@ -169,6 +176,7 @@ impl EventEntry {
             Self::HwcInitEqIdDb { .. } => 129,
             Self::HwcInitData { .. } => 130,
             Self::HwcInitDone => 131,
+            Self::Other { kind, .. } => kind,
         }
     }
     /// The entry as it stands in the ring, owner bits 0.
@@ -177,6 +185,7 @@ impl EventEntry {
             Self::Completion(cq) => cq & 0xff_ffff,
             Self::HwcInitEqIdDb { eq, doorbell } => u32::from(eq) | u32::from(doorbell) << 16,
             Self::HwcInitData { kind, value } => value & 0xff_ffff | u32::from(kind) << 24,
+            Self::Other { detail, .. } => detail,
             Self::Test | Self::HwcInitDone => 0,
         };
         Eqe { details: [U32::new(detail), U32::ZERO, U32::ZERO], info: U32::new(self.kind().into()) }

@@ -2,6 +2,7 @@
 //!
 //! One program, so that it is linked once; a module a story.
 
+mod host;
 mod link;
 mod moderation;
 mod msix_table;
