@@ -40,6 +40,19 @@ pub enum Command {
     /// It runs until a signal ends it (exit code 0); 1 bad arguments or a host error; 3 time-out; 4 the driver broke a
     /// device rule and strict=on.
     Serve(ServeArgs),
+    /// Ask the simulated host of a running machine for something, and print its answer.
+    ///
+    /// The words, and what they do: `fault add command=NAME|0xCODE|any [nth=N] [count=M|all] do=ACTION`, `fault list`,
+    /// `fault clear [ID]`, `mark NAME`, `commands`, `ledger`, `counters`, `rules`; in front of them `device=N` if the
+    /// machine has several. Exit code: 1 if it can't be done.
+    Ctl {
+        /// The machine's --control.
+        #[arg(value_name = "SOCKET")]
+        socket: PathBuf,
+        /// What is wanted.
+        #[arg(required = true, value_name = "WORDS", trailing_var_arg = true, allow_hyphen_values = true)]
+        words: Vec<String>,
+    },
     /// Tell what a trace file holds, in words or as a page with the interrupt vectors over time.
     Trace(TraceArgs),
     /// Write the initramfs that `boot` with these options would make, for use with another VMM.
@@ -160,6 +173,9 @@ pub struct BootArgs {
     /// Everything that passes the netdev ID to this file.
     #[arg(long, value_name = "ID=FILE")]
     pcap: Vec<String>,
+    /// Take requests to the simulated host here (`mana-vmm ctl`).
+    #[arg(long, value_name = "SOCKET")]
+    control: Option<PathBuf>,
     /// End with exit code 3 after so many seconds.
     #[arg(long, value_name = "SECONDS", value_parser = clap::value_parser!(u64).range(1..))]
     timeout: Option<u64>,
@@ -203,6 +219,7 @@ impl BootArgs {
             trace: self.trace,
             console: self.console,
             timeout: self.timeout.map(Duration::from_secs),
+            control: self.control,
         })
     }
 }

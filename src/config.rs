@@ -162,6 +162,8 @@ pub struct VmConfig {
     pub console: Option<PathBuf>,
     /// End the run with exit code 3 after this long.
     pub timeout: Option<Duration>,
+    /// Socket for requests to the simulated host.
+    pub control: Option<PathBuf>,
 }
 
 /// Functions for other VMMs: `mana-vmm serve`.
@@ -179,4 +181,6 @@ pub struct ServeConfig {
     pub once: bool,
     /// End with exit code 3 after this long.
     pub timeout: Option<Duration>,
+    /// Socket for requests to the simulated host.
+    pub control: Option<PathBuf>,
 }

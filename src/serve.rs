@@ -11,6 +11,7 @@ use vm_memory::{GuestMemoryAtomic, GuestMemoryMmap};
 
 use crate::clock::MonotonicClock;
 use crate::config::ServeConfig;
+use crate::control::{Control, ControlSocket};
 use crate::events::{EventLoop, Signals, StopListener, Timeout};
 use crate::net::Exchange;
 use crate::nic::{Nic, Surroundings};
@@ -61,6 +62,9 @@ pub fn run(config: &ServeConfig) -> anyhow::Result<ExitCode> {
         servers.push(Server::start(socket, function, before_end, on_left)?);
         nics.push(running);
     }
+    let control = Arc::new(Control::default());
+    control.set_devices(nics.iter().map(|nic| nic.device().clone()).collect());
+    let _socket = config.control.as_deref().map(|path| ControlSocket::open(path, &control)).transpose()?;
     for socket in &config.sockets {
         eprintln!("mana-vmm: serves {}", socket.display());
     }

@@ -19,6 +19,7 @@ use crate::boot::{self, BootSource};
 use crate::bus::Bus;
 use crate::clock::MonotonicClock;
 use crate::config::{Slot, VmConfig};
+use crate::control::{Control, ControlSocket};
 use crate::events::{EventLoop, Signals, StopListener, Timeout};
 use crate::irq::{self, IrqLine, LevelLine, MsiRoutes};
 use crate::legacy::{
@@ -82,6 +83,10 @@ struct Outside {
     /// `--trace`.
     trace: Option<TraceFile>,
     clock: Arc<dyn Clock>,
+    /// The simulated host, for whoever asks it for something.
+    control: Arc<Control>,
+    /// `--control`.
+    _socket: Option<ControlSocket>,
 }
 
 impl Outside {
@@ -92,7 +97,11 @@ impl Outside {
             File::create(path)
                 .with_context(|| format!("--console {}: the file can't be written", path.display()))
         };
+        let control = Arc::new(Control::default());
+        let socket = config.control.as_deref().map(|path| ControlSocket::open(path, &control));
         Ok(Self {
+            _socket: socket.transpose()?,
+            control,
             deadline: config.timeout.map(|timeout| Instant::now() + timeout),
             console: config.console.as_ref().map(create).transpose()?,
             trace: config.trace.as_deref().map(TraceFile::create).transpose()?,
@@ -157,6 +166,8 @@ impl Machine {
             Nic::start(nic, index, &around, GuestMemoryAtomic::new(memory.clone()), msi)
         });
         let nics = nics.collect::<anyhow::Result<Vec<_>>>()?;
+        outside.control.set_devices(nics.iter().map(|nic| nic.device().clone()).collect());
+        agent.set_control(outside.control.clone());
         let around = virtio::Surroundings {
             vm: &vm,
             memory: &GuestMemoryAtomic::new(memory.clone()),

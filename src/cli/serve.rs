@@ -32,6 +32,9 @@ pub struct ServeArgs {
     /// End when every device's first client has left.
     #[arg(long)]
     once: bool,
+    /// Take requests to the simulated host here (`mana-vmm ctl`).
+    #[arg(long, value_name = "SOCKET")]
+    control: Option<PathBuf>,
     /// End with exit code 3 after so many seconds.
     #[arg(long, value_name = "SECONDS", value_parser = clap::value_parser!(u64).range(1..))]
     timeout: Option<u64>,
@@ -69,6 +72,7 @@ impl ServeArgs {
             trace: self.trace,
             once: self.once,
             timeout: self.timeout.map(Duration::from_secs),
+            control: self.control,
         })
     }
 }

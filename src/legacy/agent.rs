@@ -3,7 +3,9 @@
 //! A frame is a kind byte, a little-endian 16-bit length, and the payload: `O` and `E` are standard output and error
 //! of the `--exec` command, `L` is a line of the agent's log, `S` is the command's exit status as decimal text. `X` asks
 //! how often CPUs left the guest; the next reads of the port are the answer, two decimal numbers and a line feed: exits
-//! to us, and exits at all, which the host's KVM counts (left out where it doesn't tell).
+//! to us, and exits at all, which the host's KVM counts (left out where it doesn't tell). `H` is a request to the
+//! simulated host ([`crate::control`]); the next reads are the length of its answer (32 bits, little-endian) and the
+//! answer.
 
 use std::collections::VecDeque;
 use std::io::Write;
@@ -12,6 +14,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use vm_device::DevicePio;
 use vm_device::bus::{PioAddress, PioAddressOffset};
 
+use crate::control::Control;
 use crate::layout::AGENT_PORT;
 use crate::vcpu::ExitCounts;
 use crate::warn_limited;
@@ -34,6 +37,7 @@ struct State {
     /// Bytes that the guest is still to read.
     answer: VecDeque<u8>,
     exits: Option<Arc<ExitCounts>>,
+    control: Option<Arc<Control>>,
 }
 
 impl AgentPort {
@@ -44,6 +48,11 @@ impl AgentPort {
     /// Answer questions about exits with `counts`.
     pub fn set_exits(&self, counts: Arc<ExitCounts>) {
         self.state().exits = Some(counts);
+    }
+
+    /// Answer requests to the simulated host with `control`.
+    pub fn set_control(&self, control: Arc<Control>) {
+        self.state().control = Some(control);
     }
 
     /// The `--exec` command's exit status, once it has ended.
@@ -89,6 +98,13 @@ impl State {
                 let all = std::fs::read_to_string(KVM_EXITS).unwrap_or_default();
                 self.answer = format!("{ours} {}\n", all.trim()).into_bytes().into();
             }
+            b'H' => {
+                let request = String::from_utf8_lossy(payload);
+                let answer =
+                    self.control.as_ref().map_or_else(String::new, |control| control.answer(&request));
+                self.answer =
+                    (answer.len() as u32).to_le_bytes().into_iter().chain(answer.into_bytes()).collect();
+            }
             b'L' => log::info!("agent: {}", String::from_utf8_lossy(payload)),
             b'S' => match std::str::from_utf8(payload).ok().and_then(|text| text.parse().ok()) {
                 Some(status) => self.exec_status = Some(status),
@@ -131,6 +147,26 @@ mod tests {
         assert_eq!(port.exec_status(), None);
         write(&port, b"S\x01\x000");
         assert_eq!(port.exec_status(), Some(0));
+    }
+
+    #[test]
+    fn requests_to_the_host_are_answered_with_length_and_words() {
+        let port = AgentPort::default();
+        let request = |port: &AgentPort| {
+            let request = br#"{"id":1,"words":["ledger"]}"#;
+            write(port, &[&[b'H', request.len() as u8, 0], &request[..]].concat());
+            let mut length = [0; 4];
+            port.pio_read(PioAddress(AGENT_PORT), 0, &mut length);
+            let mut answer = vec![0; u32::from_le_bytes(length) as usize];
+            port.pio_read(PioAddress(AGENT_PORT), 0, &mut answer);
+            String::from_utf8(answer).unwrap()
+        };
+        assert_eq!(request(&port), "");
+        port.set_control(Arc::default());
+        assert_eq!(request(&port), r#"{"id":1,"ok":false,"error":"there is no device 0, but 0 from 0 on"}"#);
+        let mut after = [0];
+        port.pio_read(PioAddress(AGENT_PORT), 0, &mut after);
+        assert_eq!(after, [0xe9]);
     }
 
     #[test]

@@ -93,6 +93,11 @@ impl Parcel {
     /// One sentence when a file is missing or the configuration can't be had in a nested run.
     pub fn boot(index: usize, mut config: VmConfig, terminal: bool) -> Result<Self> {
         config.netdevs.iter().try_for_each(can_be_had)?;
+        if config.control.is_some() {
+            bail!(
+                "--control: a nested run can't reach this machine's sockets; use mana-agent host in the guest"
+            );
+        }
         let mut parcel = Self::probe();
         match &config.initrd {
             Some(initrd) => config.initrd = Some(parcel.take(initrd)?),

@@ -42,6 +42,17 @@ pub fn allow_port(port: u16) -> Result<()> {
     check(unsafe { libc::ioperm(port.into(), 1, 1) })
 }
 
+/// What is typed at `terminal` is not written back to it, and comes line by line.
+pub fn stop_echo(terminal: &File) -> Result<()> {
+    // SAFETY: all zeroes is a termios, and the call fills it in.
+    let mut mode = unsafe { std::mem::zeroed::<libc::termios>() };
+    // SAFETY: an open file and a termios to write to.
+    check(unsafe { libc::tcgetattr(terminal.as_raw_fd(), &raw mut mode) })?;
+    mode.c_lflag = mode.c_lflag & !libc::ECHO | libc::ICANON;
+    // SAFETY: an open file and a termios.
+    check(unsafe { libc::tcsetattr(terminal.as_raw_fd(), libc::TCSANOW, &raw const mode) })
+}
+
 /// Milliseconds since the kernel started, time in suspend included.
 pub fn uptime_ms() -> u64 {
     let mut now = libc::timespec { tv_sec: 0, tv_nsec: 0 };

@@ -3,6 +3,7 @@
 mod bench;
 mod echo;
 mod establish_again;
+mod host;
 mod log_check;
 mod power;
 mod rebind;
@@ -27,6 +28,7 @@ pub fn run(name: &str, mut arguments: Arguments) -> Result<()> {
         "echo-udp" => echo::udp(&mut arguments),
         "establish-again" => establish_again::run(&mut arguments),
         "flr" => rebind::flr(&mut arguments),
+        "host" => return host::run(arguments),
         "link-up" => each_interface(&mut arguments, link_up),
         "link-wait" => each_interface(&mut arguments, net::wait_for_carrier),
         "log-check" => log_check::run(&mut arguments),

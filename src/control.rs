@@ -1,0 +1,155 @@
+//! The way to the simulated host while a machine runs: requests and answers, one JSON object a line.
+//!
+//! A request is `{"id": ANY, "words": ["fault", "add", ...]}`; the language of the words is in
+//! [`mana_device::host::words`]. Where a machine has several functions, a first word `device=N` says which is meant, by
+//! default the first. The answer is `{"id": ANY, "ok": true, ...}` with what was asked for, or
+//! `{"id": ANY, "ok": false, "error": "one sentence"}`.
+//!
+//! Requests come through the socket of `--control` and from the guest itself, through the agent's port
+//! ([`crate::legacy::AgentPort`]).
+
+mod socket;
+
+use std::sync::{Arc, Mutex, PoisonError};
+
+use mana_device::ManaDevice;
+use mana_device::host::Answer;
+use serde::{Deserialize, Serialize};
+use serde_json::Value;
+
+pub use socket::{ControlSocket, ask};
+
+/// Longest request, bytes.
+pub const MAX_REQUEST: usize = 64 << 10;
+
+/// A request.
+#[derive(Debug, Deserialize, Serialize)]
+struct Request {
+    /// Comes back in the answer.
+    #[serde(default)]
+    id: Value,
+    words: Vec<String>,
+}
+
+/// An answer that says yes.
+#[derive(Serialize)]
+struct Done {
+    id: Value,
+    ok: bool,
+    #[serde(flatten)]
+    answer: Answer,
+}
+
+/// An answer that says no.
+#[derive(Serialize)]
+struct Refused {
+    id: Value,
+    ok: bool,
+    error: String,
+}
+
+/// Whom requests are for.
+#[derive(Default)]
+pub struct Control {
+    devices: Mutex<Vec<Arc<ManaDevice>>>,
+}
+
+impl Control {
+    /// From now on requests are for `devices`.
+    pub fn set_devices(&self, devices: Vec<Arc<ManaDevice>>) {
+        *self.devices.lock().unwrap_or_else(PoisonError::into_inner) = devices;
+    }
+
+    /// Do what `request` asks for; the answer, without a line feed.
+    pub fn answer(&self, request: &str) -> String {
+        let answer = match serde_json::from_str::<Request>(request) {
+            Ok(Request { id, words }) => match self.execute(&words) {
+                Ok(answer) => serde_json::to_string(&Done { id, ok: true, answer }),
+                Err(error) => serde_json::to_string(&Refused { id, ok: false, error }),
+            },
+            Err(error) => {
+                let error = format!("not a request such as {{\"id\": 1, \"words\": [\"ledger\"]}}: {error}");
+                serde_json::to_string(&Refused { id: Value::Null, ok: false, error })
+            }
+        };
+        // Every answer has a JSON form.
+        answer.unwrap_or_default()
+    }
+
+    fn execute(&self, words: &[String]) -> Result<Answer, String> {
+        let (index, words) = match words.first().and_then(|word| word.strip_prefix("device=")) {
+            Some(text) => {
+                let index = text.parse().map_err(|_| format!("device must be a number, not `{text}`"))?;
+                (index, words.get(1..).unwrap_or_default())
+            }
+            None => (0, words),
+        };
+        let devices = self.devices.lock().unwrap_or_else(PoisonError::into_inner);
+        let device: Option<Arc<ManaDevice>> = devices.get::<usize>(index).cloned();
+        let known = devices.len();
+        drop(devices);
+        device.ok_or_else(|| format!("there is no device {index}, but {known} from 0 on"))?.control(words)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use mana_device::Host;
+    use mana_device::config::DeviceConfig;
+    use mana_device::doors::{Clock, MsiMessage, MsiSink, Waker, Work};
+    use vm_memory::{GuestMemoryAtomic, GuestMemoryMmap};
+
+    use super::*;
+    use crate::clock::MonotonicClock;
+    use crate::net::Null;
+
+    struct Nobody;
+    impl MsiSink for Nobody {
+        fn route(&self, _: u16, _: MsiMessage) {}
+        fn fire(&self, _: u16) {}
+    }
+    impl Waker for Nobody {
+        fn wake(&self, _: Work) {}
+    }
+
+    /// Requests for one device.
+    pub(super) fn control() -> Arc<Control> {
+        let host = Host {
+            memory: GuestMemoryAtomic::new(GuestMemoryMmap::default()),
+            msi: Arc::new(Nobody),
+            clock: Arc::new(MonotonicClock::new()) as Arc<dyn Clock>,
+            waker: Arc::new(Nobody),
+            ports: vec![Arc::new(Null)],
+            observer: None,
+        };
+        let control = Arc::new(Control::default());
+        control.set_devices(vec![Arc::new(ManaDevice::new(DeviceConfig::default(), host).unwrap())]);
+        control
+    }
+
+    #[test]
+    fn answers_carry_the_requests_id_and_say_yes_or_no() {
+        let control = control();
+        let answer = |request: &str| control.answer(request);
+        assert_eq!(
+            answer(r#"{"id": "a", "words": ["fault", "add", "command=any", "do=drop"]}"#),
+            r#"{"id":"a","ok":true,"fault":1}"#
+        );
+        assert_eq!(
+            answer(r#"{"words": ["device=0", "fault", "list"]}"#),
+            r#"{"id":null,"ok":true,"faults":[{"id":1,"text":"command=any do=drop","hits":0}]}"#
+        );
+        assert_eq!(answer(r#"{"id":2,"words":["mark","here"]}"#), r#"{"id":2,"ok":true}"#);
+        assert!(answer(r#"{"id":2,"words":["ledger"]}"#).contains(r#""ledger":{"hardware_channels":0,"#));
+        assert!(
+            answer(r#"{"id":3,"words":["fly"]}"#)
+                .starts_with(r#"{"id":3,"ok":false,"error":"there is no `fly`"#)
+        );
+        assert!(
+            answer(r#"{"id":3,"words":["device=1","ledger"]}"#)
+                .contains("there is no device 1, but 1 from 0")
+        );
+        assert!(answer(r#"{"id":3,"words":["device=x","ledger"]}"#).contains("must be a number"));
+        assert!(answer("ledger").contains("not a request such as"));
+    }
+}
