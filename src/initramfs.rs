@@ -33,7 +33,7 @@ const USEFUL: [&str; 3] = ["af_packet", "pvpanic_mmio", "rtc_cmos"];
 const APPLETS: [&str; 6] = ["sh", "modprobe", "rmmod", "udhcpc", "ip", "ping"];
 
 /// Commands of the agent.
-const VERBS: [&str; 18] = [
+const VERBS: &[&str] = &[
     "bench-net",
     "bind",
     "dhcp",
@@ -41,11 +41,13 @@ const VERBS: [&str; 18] = [
     "echo-udp",
     "establish-again",
     "flr",
+    "functions",
     "link-up",
     "link-wait",
     "log-check",
     "mana-agent",
     "queues",
+    "rebind",
     "reload",
     "suspend",
     "topology",

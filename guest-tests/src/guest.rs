@@ -13,8 +13,26 @@ use crate::scenario::Growth;
 pub struct Guest {
     /// Name of its folder: `6.12`, `newest`.
     pub series: String,
+    /// Its kernel's version: `6.12.118+deb13-cloud-amd64`.
+    pub version: String,
     /// How its driver treats vectors.
     pub generation: Generation,
+    /// Where the kernel is.
+    pub source: Source,
+}
+
+/// Where a kernel comes from.
+#[derive(Clone, Debug)]
+pub enum Source {
+    /// The folder of a series, made by `resources/fetch-guests`.
+    Fetched,
+    /// `--kernel` and `--modules`.
+    Files {
+        /// The bzImage.
+        kernel: PathBuf,
+        /// Its `lib/modules/VERSION`.
+        modules: PathBuf,
+    },
 }
 
 impl Guest {
@@ -22,17 +40,70 @@ impl Guest {
     ///
     /// # Errors
     /// One sentence when it has not been fetched, or the driver can't be read.
-    pub fn find(series: &str, driver: Option<&Path>) -> Result<Self> {
+    pub fn find(series: &str, driver: Option<&Path>, rules: Option<Generation>) -> Result<Self> {
         let file = folder().join(series).join("version");
         let version = fs::read_to_string(&file).with_context(|| {
             format!("guest {series} has not been fetched (resources/fetch-guests {series})")
         })?;
-        let stock = Generation::of_kernel(version.trim())?;
-        let generation = match driver {
+        Self::new(series, version.trim(), Source::Fetched, driver, rules)
+    }
+
+    /// A kernel of the user's own.
+    ///
+    /// # Errors
+    /// One sentence when the folder of its modules has no version for a name, or the driver can't be read.
+    pub fn of_files(
+        kernel: &Path,
+        modules: &Path,
+        driver: Option<&Path>,
+        rules: Option<Generation>,
+    ) -> Result<Self> {
+        let modules = modules.canonicalize().with_context(|| format!("--modules {}", modules.display()))?;
+        let version = modules.file_name().unwrap_or_default().to_string_lossy().into_owned();
+        let source = Source::Files { kernel: kernel.to_owned(), modules };
+        Self::new(&version, &version, source, driver, rules).context("--modules")
+    }
+
+    fn new(
+        series: &str,
+        version: &str,
+        source: Source,
+        driver: Option<&Path>,
+        rules: Option<Generation>,
+    ) -> Result<Self> {
+        let stock = Generation::of_kernel(version)?;
+        let own = match driver {
             Some(driver) if grows(driver)? => Generation::Growing,
             _ => stock,
         };
-        Ok(Self { series: series.to_owned(), generation })
+        let generation = rules.unwrap_or(own);
+        Ok(Self { series: series.to_owned(), version: version.to_owned(), generation, source })
+    }
+
+    /// Options of `mana-vmm` that choose it.
+    pub fn options(&self) -> Vec<String> {
+        match &self.source {
+            Source::Fetched => vec!["--guest".to_owned(), self.series.clone()],
+            Source::Files { kernel, modules } => {
+                let file = |path: &Path| path.display().to_string();
+                vec!["--kernel".to_owned(), file(kernel), "--modules".to_owned(), file(modules)]
+            }
+        }
+    }
+
+    /// The kernel's image.
+    pub fn image(&self) -> PathBuf {
+        match &self.source {
+            Source::Fetched => folder().join(&self.series).join("vmlinuz"),
+            Source::Files { kernel, .. } => kernel.clone(),
+        }
+    }
+
+    /// Is it `series`, by the folder's name or by the kernel's version?
+    pub fn is_of(&self, series: &str) -> bool {
+        let rest = self.version.strip_prefix(series);
+        self.series == series
+            || rest.is_some_and(|rest| !rest.starts_with(|next: char| next.is_ascii_digit()))
     }
 
     /// When its driver takes vectors.
@@ -58,4 +129,22 @@ fn grows(driver: &Path) -> Result<bool> {
     let file = driver.join("mana.ko");
     let image = fs::read(&file).with_context(|| format!("--driver: can't read {}", file.display()))?;
     Ok(image.windows(IMPORT.len()).any(|window| window == IMPORT))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_guest_is_known_by_its_folder_and_by_its_version() {
+        let version = "7.3.4+deb13-cloud-amd64".to_owned();
+        let guest = Guest {
+            series: "newest".to_owned(),
+            version,
+            generation: Generation::GrowingUnshared,
+            source: Source::Fetched,
+        };
+        assert!(["newest", "7.3", "7.3.4"].iter().all(|series| guest.is_of(series)));
+        assert!(["7", "6.1", "7.31", "old"].iter().all(|series| !guest.is_of(series) || *series == "7"));
+    }
 }

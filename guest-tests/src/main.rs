@@ -1,80 +1,53 @@
 //! Runs scenarios against real guest kernels, through the built `mana-vmm` binary only.
 //!
 //! A scenario ([`scenario`]) is a TOML file; each runs on each guest it is for ([`guest`]) as a `mana-vmm` process
-//! ([`mod@run`]), whose output ([`transcript`], [`json`]) and trace ([`trace`]) are compared with what the file says, and
-//! with a model of what drivers do with vectors ([`model`]).
+//! ([`mod@run`]), in its own VMM or under QEMU ([`qemu`]). What it prints ([`transcript`], [`json`]), its trace
+//! ([`trace`]) and its console ([`crash`]) are compared with what the file says, and with a model of what drivers do
+//! with vectors ([`model`], [`matrix`]). The differences make a [`verdict`], and all verdicts the [`report`].
 
+mod arguments;
+mod crash;
 mod guest;
 mod json;
+mod matrix;
 mod model;
+mod partition;
+mod progress;
 mod qemu;
 mod report;
 mod run;
 mod scenario;
 mod trace;
 mod transcript;
+mod verdict;
 
 use std::path::PathBuf;
 use std::process::ExitCode;
-use std::sync::Mutex;
 use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Mutex, PoisonError};
 use std::time::Instant;
 use std::{env, fs, thread};
 
 use anyhow::{Context, Result, ensure};
-use clap::{Parser, ValueEnum};
+use clap::Parser;
 
+use arguments::{Arguments, Command, Vmm};
 use guest::Guest;
-use run::{Job, Lane, Outcome, Settings, Verdict};
+use progress::Progress;
+use report::Record;
+use run::{Job, Lane, Settings};
 use scenario::Scenario;
-
-/// Test guest drivers: real kernels against the simulated MANA host.
-#[derive(Debug, Parser)]
-struct Arguments {
-    /// Scenarios to run, by name or its beginning; all if none is named.
-    scenario: Vec<String>,
-    /// Guests to run them on.
-    #[arg(long, value_delimiter = ',', default_values = ["6.1", "6.12", "newest"])]
-    guest: Vec<String>,
-    /// Where the guest's CPUs are: in mana-vmm itself, or in QEMU, which has the device over vfio-user.
-    #[arg(long, value_enum, default_value = "built-in")]
-    vmm: Vmm,
-    /// A folder with the mana.ko to test in place of the guest's own.
-    #[arg(long, value_name = "DIR")]
-    driver: Option<PathBuf>,
-    /// Where the JUnit file goes, and the files of failed runs [default: target/guest-tests].
-    #[arg(long, value_name = "DIR", default_value = "target/guest-tests", hide_default_value = true)]
-    report: PathBuf,
-    /// Name the scenarios and stop.
-    #[arg(long)]
-    list: bool,
-    /// Machines that run side by side [default: the host's CPUs].
-    #[arg(long)]
-    jobs: Option<usize>,
-    /// Passed on to mana-vmm; under QEMU kvm means KVM, everything else TCG.
-    #[arg(long, default_value = "auto")]
-    accel: String,
-    /// Folder of the scenarios [default: the project's].
-    #[arg(long, value_name = "DIR", hide = true, default_value = concat!(env!("CARGO_MANIFEST_DIR"), "/scenarios"))]
-    scenarios: PathBuf,
-    /// Keep the files of passed runs too.
-    #[arg(long)]
-    keep: bool,
-}
-
-/// `--vmm`.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
-enum Vmm {
-    /// `mana-vmm boot`.
-    BuiltIn,
-    /// QEMU and `mana-vmm serve`.
-    Qemu,
-}
+use verdict::Verdict;
 
 fn main() -> ExitCode {
-    match run(&Arguments::parse()) {
-        Ok(true) => ExitCode::SUCCESS,
-        Ok(false) => ExitCode::FAILURE,
+    let arguments = Arguments::parse();
+    let result = match &arguments.command {
+        Some(Command::Merge { part, output }) => report::merge(part, output),
+        None => run(&arguments),
+    };
+    match result {
+        Ok(records) if !records.iter().any(|record| record.is_failure) => ExitCode::SUCCESS,
+        Ok(_) => ExitCode::FAILURE,
         Err(error) => {
             eprintln!("guest-tests: {error:#}");
             ExitCode::FAILURE
@@ -82,17 +55,17 @@ fn main() -> ExitCode {
     }
 }
 
-/// Did all pass that were run?
-fn run(arguments: &Arguments) -> Result<bool> {
-    let jobs = plan(arguments)?;
+/// Runs what is asked for.
+fn run(arguments: &Arguments) -> Result<Vec<Record>> {
     let lane = match arguments.vmm {
         Vmm::BuiltIn => Lane::BuiltIn,
         Vmm::Qemu if arguments.list => Lane::Qemu(PathBuf::new()),
         Vmm::Qemu => Lane::Qemu(qemu::find()?),
     };
+    let jobs = plan(arguments, &lane)?;
     if arguments.list {
         jobs.iter().for_each(|job| println!("{:40} {}", job.name(&lane), first_line(&job.scenario.story)));
-        return Ok(true);
+        return Ok(Vec::new());
     }
     let program = env::current_exe().context("can't tell where guest-tests itself lies")?;
     let vmm = program.with_file_name("mana-vmm");
@@ -104,16 +77,19 @@ fn run(arguments: &Arguments) -> Result<bool> {
         lane,
         driver: arguments.driver.clone(),
         accel: arguments.accel.clone(),
+        coverage: arguments.coverage,
         artefacts: arguments.report.clone(),
     };
     let start = Instant::now();
     let at_once =
         arguments.jobs.or_else(|| thread::available_parallelism().ok().map(usize::from)).unwrap_or(1);
     println!("{} runs, {at_once} at a time", jobs.len());
-    let results = run_all(&jobs, &settings, at_once, arguments.keep);
-    report::write_junit(&arguments.report, &settings, &results)?;
-    println!("{}", report::closing_line(&results, start.elapsed()));
-    Ok(!results.iter().any(|(_, outcome)| matches!(outcome.verdict, Verdict::Failed(_))))
+    let records = run_all(&jobs, &settings, at_once, arguments.keep);
+    report::write_all(&arguments.report, &records, start.elapsed())?;
+    report::coverage_lines(&records).iter().for_each(|line| println!("{line}"));
+    println!("{}", report::closing_line(&records, start.elapsed()));
+    println!("report: {}", arguments.report.join("report.html").display());
+    Ok(records)
 }
 
 fn first_line(text: &str) -> &str {
@@ -121,8 +97,8 @@ fn first_line(text: &str) -> &str {
 }
 
 /// Every scenario that is asked for, on every guest that is asked for and that it is for.
-fn plan(arguments: &Arguments) -> Result<Vec<Job>> {
-    let all = scenario::load_folder(&arguments.scenarios)?;
+fn plan(arguments: &Arguments, lane: &Lane) -> Result<Vec<Job>> {
+    let all = scenario::load_folder(&arguments.scenarios, arguments.full)?;
     for wanted in &arguments.scenario {
         let known = all.iter().any(|scenario| scenario.name.starts_with(wanted));
         ensure!(known, "there is no scenario '{wanted}' (--list names them)");
@@ -130,52 +106,73 @@ fn plan(arguments: &Arguments) -> Result<Vec<Job>> {
     let is_wanted = |scenario: &Scenario| {
         arguments.scenario.is_empty() || arguments.scenario.iter().any(|name| scenario.name.starts_with(name))
     };
-    let guests: Vec<(String, Result<Guest, String>)> = arguments
-        .guest
-        .iter()
-        .map(|series| {
-            let guest =
-                Guest::find(series, arguments.driver.as_deref()).map_err(|error| format!("{error:#}"));
-            (series.clone(), guest)
-        })
-        .collect();
+    let guests = guests(arguments)?;
     // What the command line alone decides is no matter of lanes, and tested in our own.
     let is_for_lane = |scenario: &Scenario| scenario.has_guest() || arguments.vmm == Vmm::BuiltIn;
-    Ok(all
+    let mut jobs: Vec<Job> = all
         .iter()
         .filter(|scenario| is_wanted(scenario) && is_for_lane(scenario))
         .flat_map(|scenario| jobs(scenario, &guests))
-        .collect())
+        .collect();
+    if let Some(partition) = arguments.partition {
+        let mut index = 0..;
+        jobs.retain(|job| index.next().is_some_and(|index| partition.holds(index, &job.name(lane))));
+    }
+    let repeated = |job: Job| (1..=arguments.repeat).map(move |repetition| Job { repetition, ..job.clone() });
+    Ok(jobs.into_iter().flat_map(repeated).collect())
 }
 
-fn jobs(scenario: &Scenario, guests: &[(String, Result<Guest, String>)]) -> Vec<Job> {
-    if !scenario.has_guest() {
-        return vec![Job { scenario: scenario.clone(), guest: None }];
+/// A guest's name, and the guest or why it can't be had.
+type Named = (String, Result<Guest, String>);
+
+fn guests(arguments: &Arguments) -> Result<Vec<Named>> {
+    let driver = arguments.driver.as_deref();
+    if let (Some(kernel), Some(modules)) = (&arguments.kernel, &arguments.modules) {
+        let guest = Guest::of_files(kernel, modules, driver, arguments.rules)?;
+        return Ok(vec![(guest.series.clone(), Ok(guest))]);
     }
-    let is_for = |(series, guest): &&(String, Result<Guest, String>)| {
-        let named = scenario.guests.is_empty() || scenario.guests.contains(series);
+    let find = |series: &String| {
+        let guest = Guest::find(series, driver, arguments.rules).map_err(|error| format!("{error:#}"));
+        (series.clone(), guest)
+    };
+    Ok(arguments.guest.iter().map(find).collect())
+}
+
+fn jobs(scenario: &Scenario, guests: &[Named]) -> Vec<Job> {
+    let job = |guest| Job { scenario: scenario.clone(), guest, repetition: 1 };
+    if !scenario.has_guest() {
+        return vec![job(None)];
+    }
+    let is_for = |(series, guest): &&Named| {
+        let is_named =
+            |named: &String| named == series || guest.as_ref().is_ok_and(|guest| guest.is_of(named));
+        let named = scenario.guests.is_empty() || scenario.guests.iter().any(is_named);
         let grows = |guest: &Guest| scenario.vectors.is_none_or(|growth| growth == guest.growth());
         named && guest.as_ref().map_or(true, grows)
     };
-    let fitting = guests.iter().filter(is_for);
-    fitting.map(|(_, guest)| Job { scenario: scenario.clone(), guest: Some(guest.clone()) }).collect()
+    guests.iter().filter(is_for).map(|(_, guest)| job(Some(guest.clone()))).collect()
 }
 
-/// Runs `jobs`, `at_once` at a time, and prints each result as it comes.
-fn run_all(jobs: &[Job], settings: &Settings, at_once: usize, keep: bool) -> Vec<(Job, Outcome)> {
+/// Runs `jobs`, `at_once` at a time, prints each result as it comes, and gives all in the order of `jobs`.
+fn run_all(jobs: &[Job], settings: &Settings, at_once: usize, keep: bool) -> Vec<Record> {
     let next = AtomicUsize::new(0);
-    let results = Mutex::new(Vec::new());
+    let progress = Progress::new(jobs.len());
+    let records = Mutex::new(Vec::new());
     let work = || {
-        while let Some(job) = jobs.get(next.fetch_add(1, Ordering::Relaxed)) {
+        loop {
+            let index = next.fetch_add(1, Ordering::Relaxed);
+            let Some(job) = jobs.get(index) else { break };
+            let name = job.name(&settings.lane);
+            progress.begins(&name);
             let outcome = job.run(settings);
+            let mut record = Record::new(job, &outcome, settings);
             if outcome.verdict == Verdict::Passed && !keep {
                 let _ = fs::remove_dir_all(job.folder(settings));
+                record.evidence.files.clear();
             }
-            let mut results = results.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
-            results.push((job.clone(), outcome));
-            if let Some((job, outcome)) = results.last() {
-                report::print(job, outcome, settings, results.len(), jobs.len());
-            }
+            records.lock().unwrap_or_else(PoisonError::into_inner).push((index, record));
+            let print = |done| report::print(job, &outcome, settings, done, jobs.len());
+            progress.ends(&name, outcome.verdict.is_failure(), print);
         }
     };
     thread::scope(|scope| {
@@ -183,5 +180,7 @@ fn run_all(jobs: &[Job], settings: &Settings, at_once: usize, keep: bool) -> Vec
             scope.spawn(work);
         }
     });
-    results.into_inner().unwrap_or_else(std::sync::PoisonError::into_inner)
+    let mut records = records.into_inner().unwrap_or_else(PoisonError::into_inner);
+    records.sort_by_key(|(index, _)| *index);
+    records.into_iter().map(|(_, record)| record).collect()
 }

@@ -4,25 +4,36 @@
 //! machine does not show the topology that was asked for, or the device answers with other limits, or the driver has
 //! changed.
 
+pub mod queues;
+
 use std::collections::BTreeSet;
 
 use anyhow::{Context, Result, ensure};
+use clap::ValueEnum;
 use serde_json::Value;
 
 /// Interrupts after which a vector must be where its affinity says.
 const ENOUGH_TO_MOVE: u64 = 10;
 
 /// Drivers that treat vectors alike.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub enum Generation {
     /// 6.1: all vectors first, each hinted to a CPU of its own.
+    #[value(name = "6.1")]
     StaticCpus,
     /// 6.12 to 6.16: all first, hinted to cores, node by node.
+    #[value(name = "6.12")]
     StaticCores,
     /// 6.17 to 7.1: one first, then the others, hinted to cores in a second round.
+    #[value(name = "6.17")]
     Growing,
-    /// Since 7.2: as before, but with a vector for each CPU the queues go to one CPU each.
+    /// 7.2 (7.2.12 was looked at): as before, but with a vector for each CPU the queues go to one CPU each; no more
+    /// vectors than the table has; each port has event queues of its own, which share vectors with other ports'.
+    #[value(name = "7.2")]
     GrowingCpus,
+    /// Since 7.3: as before, but ports share vectors only where there are too few.
+    #[value(name = "7.3")]
+    GrowingUnshared,
 }
 
 impl Generation {
@@ -37,14 +48,21 @@ impl Generation {
             Self::StaticCores
         } else if version < (7, 2) {
             Self::Growing
-        } else {
+        } else if version < (7, 3) {
             Self::GrowingCpus
+        } else {
+            Self::GrowingUnshared
         })
     }
 
     /// Does it take vectors after the channel is up?
     pub fn grows(self) -> bool {
-        matches!(self, Self::Growing | Self::GrowingCpus)
+        !matches!(self, Self::StaticCpus | Self::StaticCores)
+    }
+
+    /// Does it hint each queue to one CPU where every CPU has a vector?
+    fn spreads_over_cpus(self) -> bool {
+        matches!(self, Self::GrowingCpus | Self::GrowingUnshared)
     }
 }
 
@@ -132,6 +150,10 @@ pub struct Limits {
     pub max_msix: usize,
     /// Entries of the MSI-X table.
     pub table: usize,
+    /// Queues that a vPort has of each kind.
+    pub max_queues: usize,
+    /// vPorts.
+    pub ports: usize,
     /// NUMA node.
     pub node: Option<usize>,
 }
@@ -148,24 +170,40 @@ impl Limits {
         Ok(Self {
             max_msix: value("max-msix")?.unwrap_or(64),
             table: value("msix-table")?.unwrap_or(64),
+            max_queues: value("max-queues")?.unwrap_or(64),
+            ports: device.split(',').filter(|word| word.starts_with("netdev=")).count().max(1),
             node: value("node")?,
         })
     }
 }
 
+/// Vectors that the driver enables; 0 where it must give up.
+pub fn vectors(generation: Generation, topology: Topology, limits: Limits) -> usize {
+    let vectors = match generation {
+        Generation::StaticCpus | Generation::StaticCores => (topology.cpus.min(64) + 1).min(limits.table),
+        Generation::Growing | Generation::GrowingCpus | Generation::GrowingUnshared => {
+            (topology.cpus + 1).min(limits.max_msix)
+        }
+    };
+    let vectors = match generation {
+        Generation::GrowingCpus | Generation::GrowingUnshared => vectors.min(limits.table),
+        // The first vector beyond the table can't be had, and that ends the probe.
+        _ if vectors > limits.table => 0,
+        _ => vectors,
+    };
+    if vectors < 2 || limits.max_msix < 2 { 0 } else { vectors }
+}
+
 /// CPUs hinted for each vector, vector 0 first; no vectors where the driver must give up.
 pub fn hints(generation: Generation, topology: Topology, limits: Limits) -> Vec<BTreeSet<usize>> {
     let cpus = topology.cpus;
-    let vectors = match generation {
-        Generation::StaticCpus | Generation::StaticCores => (cpus.min(64) + 1).min(limits.table),
-        Generation::Growing | Generation::GrowingCpus => (cpus + 1).min(limits.max_msix).min(limits.table),
-    };
-    if vectors < 2 || limits.max_msix < 2 {
-        return Vec::new();
-    }
+    let vectors = vectors(generation, topology, limits);
     let spread: Vec<usize> = topology.levels(limits.node).concat();
     let cores = topology.core_by_core(limits.node);
     let single = |index: usize| BTreeSet::from([spread[index % cpus]]);
+    if vectors == 0 {
+        return Vec::new();
+    }
     if generation == Generation::StaticCpus {
         return (0..vectors).map(single).collect();
     }
@@ -173,9 +211,9 @@ pub fn hints(generation: Generation, topology: Topology, limits: Limits) -> Vec<
         return cores[..vectors].to_vec();
     }
     let first = if generation == Generation::StaticCores { single(0) } else { cores[0].clone() };
-    let queues: Vec<BTreeSet<usize>> = match generation {
-        Generation::GrowingCpus => (0..cpus).map(|cpu| BTreeSet::from([cpu])).collect(),
-        _ => cores,
+    let queues: Vec<BTreeSet<usize>> = match generation.spreads_over_cpus() {
+        true => (0..cpus).map(|cpu| BTreeSet::from([cpu])).collect(),
+        false => cores,
     };
     [vec![first], queues[..vectors - 1].to_vec()].concat()
 }
@@ -199,10 +237,16 @@ pub fn check_vectors(
     );
     for (address, hints) in addresses.iter().zip(probing) {
         let shown: Vec<_> = vectors.iter().filter(|vector| vector["function"] == *address).collect();
-        ensure!(shown.len() == hints.len(), "{address} has {} vectors, not {}", shown.len(), hints.len());
-        for (number, (vector, hint)) in shown.into_iter().zip(hints).enumerate() {
-            check_vector(vector, number, hint).with_context(|| format!("{address}, vector {number}"))?;
-        }
+        check_hints(&shown, hints).with_context(|| (*address).to_owned())?;
+    }
+    Ok(())
+}
+
+/// Compares one function's vectors with `hints`.
+pub fn check_hints(shown: &[&Value], hints: &[BTreeSet<usize>]) -> Result<()> {
+    ensure!(shown.len() == hints.len(), "{} vectors, not {}", shown.len(), hints.len());
+    for (number, (vector, hint)) in shown.iter().zip(hints).enumerate() {
+        check_vector(vector, number, hint).with_context(|| format!("vector {number}"))?;
     }
     Ok(())
 }
@@ -288,7 +332,11 @@ mod tests {
     use serde_json::json;
 
     const GENERATIONS: [Generation; 4] =
-        [Generation::StaticCpus, Generation::StaticCores, Generation::Growing, Generation::GrowingCpus];
+        [Generation::StaticCpus, Generation::StaticCores, Generation::Growing, Generation::GrowingUnshared];
+
+    fn limits(max_msix: usize, table: usize, node: Option<usize>) -> Limits {
+        Limits { max_msix, table, max_queues: 64, ports: 1, node }
+    }
 
     /// Sets as words: `01 23` for {0,1} {2,3}.
     fn words(sets: &[BTreeSet<usize>]) -> String {
@@ -298,7 +346,7 @@ mod tests {
 
     fn check(cpus: &str, node: Option<usize>, limit: usize, expected: [&str; 4]) {
         let topology = Topology::parse(cpus).unwrap();
-        let limits = Limits { max_msix: limit, table: limit, node };
+        let limits = limits(limit, limit, node);
         let shown = GENERATIONS.map(|generation| words(&hints(generation, topology, limits)));
         assert_eq!(shown, expected, "{cpus}, node {node:?}, {limit} vectors");
     }
@@ -349,9 +397,18 @@ mod tests {
 
     #[test]
     fn static_drivers_count_vectors_by_the_table() {
-        let limits = Limits { max_msix: 3, table: 64, node: None };
+        let limits = limits(3, 64, None);
         let topology = Topology::parse("4").unwrap();
         assert_eq!(GENERATIONS.map(|generation| hints(generation, topology, limits).len()), [5, 5, 3, 3]);
+    }
+
+    #[test]
+    fn only_the_newest_mind_the_table_when_they_grow() {
+        let topology = Topology::parse("16").unwrap();
+        let growing = [Generation::Growing, Generation::GrowingCpus, Generation::GrowingUnshared];
+        assert_eq!(growing.map(|generation| vectors(generation, topology, limits(64, 8, None))), [0, 8, 8]);
+        assert_eq!(growing.map(|generation| vectors(generation, topology, limits(8, 8, None))), [8, 8, 8]);
+        assert_eq!(vectors(Generation::StaticCores, topology, limits(64, 8, None)), 8);
     }
 
     #[test]
@@ -370,7 +427,7 @@ mod tests {
             },
             "functions": { "0000:81:00.0": { "numa_node": 1 } },
         });
-        let device = |node| [Limits { max_msix: 64, table: 64, node }];
+        let device = |node| [limits(64, 64, node)];
         let check = |cpus: &str, node| check_topology(&report, Topology::parse(cpus).unwrap(), &device(node));
         check("threads=2,nodes=2", Some(1)).unwrap();
         assert!(check("threads=2,nodes=2", Some(0)).is_err());
@@ -387,7 +444,8 @@ mod tests {
         assert_eq!(of("6.12.117+deb13-cloud-amd64"), Generation::StaticCores);
         assert_eq!(of("6.16.3"), Generation::StaticCores);
         assert_eq!(of("6.18.15+deb13"), Generation::Growing);
-        assert_eq!(of("7.3.4+deb13-cloud-amd64"), Generation::GrowingCpus);
+        assert_eq!(of("7.2.12+deb13-cloud-amd64"), Generation::GrowingCpus);
+        assert_eq!(of("7.3.4+deb13-cloud-amd64"), Generation::GrowingUnshared);
         assert!(Generation::of_kernel("newest").is_err());
     }
 }

@@ -14,6 +14,7 @@ use std::{env, thread};
 
 use anyhow::{Context, Result, bail, ensure};
 
+use crate::guest::Guest;
 use crate::model::Topology;
 use crate::scenario::Machine;
 
@@ -71,14 +72,16 @@ pub struct Order<'a> {
     pub vmm: &'a Path,
     /// QEMU.
     pub qemu: &'a Path,
-    /// Series of the guest.
-    pub series: &'a str,
+    /// The guest.
+    pub guest: &'a Guest,
     /// `--driver`.
     pub driver: Option<&'a Path>,
     /// KVM, else TCG.
     pub kvm: bool,
     /// What the scenario asks for.
     pub machine: &'a Machine,
+    /// More of the kernel's command line.
+    pub append: &'a str,
     /// What the guest is to do.
     pub exec: &'a str,
     /// Where files go.
@@ -148,7 +151,6 @@ pub fn run(order: &Order<'_>) -> Result<Output> {
 fn write_initramfs(order: &Order<'_>) -> Result<()> {
     let mut arguments = vec!["initramfs".to_owned()];
     let mut option = |name: &str, value: &str| arguments.extend([format!("--{name}"), value.to_owned()]);
-    option("guest", order.series);
     if let Some(driver) = order.driver {
         option("driver", &driver.display().to_string());
     }
@@ -157,6 +159,7 @@ fn write_initramfs(order: &Order<'_>) -> Result<()> {
     order.machine.devices.iter().for_each(|device| option("device", device));
     option("exec", order.exec);
     option("output", &order.folder.join("initrd").display().to_string());
+    arguments.extend(order.guest.options());
     let output = Command::new(order.vmm).args(&arguments).output().context("start mana-vmm initramfs")?;
     let said = String::from_utf8_lossy(&output.stderr);
     ensure!(output.status.success(), "mana-vmm initramfs: {}", said.trim());
@@ -189,7 +192,6 @@ fn await_sockets(sockets: &[PathBuf], server: &mut Process) -> Result<()> {
 fn qemu_arguments(order: &Order<'_>, sockets: &[PathBuf]) -> Result<Vec<String>> {
     let machine = order.machine;
     let topology = Topology::parse(&machine.cpus)?;
-    let kernel = crate::guest::folder().join(order.series).join("vmlinuz");
     let file = |name: &str| order.folder.join(name).display().to_string();
     let mut line = Line::default();
     // A function can be on a node only where QEMU is told of nodes.
@@ -218,9 +220,9 @@ fn qemu_arguments(order: &Order<'_>, sockets: &[PathBuf]) -> Result<Vec<String>>
     line.flag("no-user-config");
     line.flag("no-reboot");
     line.add("display", "none");
-    line.add("kernel", kernel.display().to_string());
+    line.add("kernel", order.guest.image().display().to_string());
     line.add("initrd", file("initrd"));
-    line.add("append", format!("{APPEND} {}", machine.append));
+    line.add("append", format!("{APPEND} {}", order.append));
     line.add("serial", format!("file:{}", file("console")));
     line.add("chardev", format!("file,id=agent,path={}", file("agent")));
     line.add("device", "isa-debugcon,iobase=0xe9,chardev=agent");

@@ -9,15 +9,20 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, bail, ensure};
 
 use crate::guest::Guest;
+use crate::matrix::check::{self, Combination};
 use crate::model::{self, Limits, Topology};
-use crate::scenario::{DiskCheck, Scenario, Step};
+use crate::report::Coverage;
+use crate::scenario::{DiskCheck, ExpectedFailure, Scenario, Step};
 use crate::trace::Trace;
-use crate::{json, qemu, transcript};
+use crate::verdict::Verdict;
+use crate::{crash, json, qemu, transcript};
 
 /// Exit codes of `mana-vmm boot` that tell of the guest's death.
 const GUEST_DIED: [i32; 2] = [2, 3];
 /// Bytes of a disk.
 const DISK_SIZE: u64 = 16 << 20;
+/// The step that tells which of the driver's functions were executed.
+const COVERAGE: &str = "coverage";
 /// How `mana-vmm` begins its sentence when the machine around the guest's died, the guest not being to blame.
 const EMULATOR_DIED: &str = "the emulated machine (level 1)";
 
@@ -28,6 +33,13 @@ pub enum Lane {
     BuiltIn,
     /// This QEMU, with the device behind vfio-user.
     Qemu(PathBuf),
+}
+
+impl Lane {
+    /// For files.
+    pub fn name(&self) -> &'static str {
+        if *self == Self::BuiltIn { "built-in" } else { "qemu" }
+    }
 }
 
 /// What all runs share.
@@ -41,6 +53,8 @@ pub struct Settings {
     pub driver: Option<PathBuf>,
     /// `--accel`.
     pub accel: String,
+    /// Trace which functions of the driver are executed.
+    pub coverage: bool,
     /// A folder for the files of each run.
     pub artefacts: PathBuf,
 }
@@ -52,17 +66,8 @@ pub struct Job {
     pub scenario: Scenario,
     /// The guest, or the reason why there is none; nothing where the scenario needs none.
     pub guest: Option<Result<Guest, String>>,
-}
-
-/// How it went.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Verdict {
-    /// As expected.
-    Passed,
-    /// All that was not as expected.
-    Failed(Vec<String>),
-    /// Not run, and why.
-    Skipped(String),
+    /// Which of several equal runs, from 1 on.
+    pub repetition: usize,
 }
 
 /// A job's result.
@@ -74,15 +79,28 @@ pub struct Outcome {
     pub duration: Duration,
     /// The first run's end, where it was not the guest's driver that ended it.
     pub repeated: Option<String>,
+    /// What the driver made of each combination of limits.
+    pub combinations: Vec<Combination>,
+    /// Which of the driver's functions were executed.
+    pub coverage: Option<Coverage>,
+}
+
+impl Outcome {
+    fn new(verdict: Verdict, start: Instant) -> Self {
+        Self { verdict, duration: start.elapsed(), repeated: None, combinations: Vec::new(), coverage: None }
+    }
 }
 
 impl Job {
     /// Scenario, case, guest, and the lane unless it is our own.
     pub fn name(&self, lane: &Lane) -> String {
         let guest = self.guest.as_ref().and_then(|guest| guest.as_ref().ok());
-        let name = &self.scenario.name;
+        let mut name = self.scenario.name.clone();
+        if self.repetition > 1 {
+            name += &format!(" #{}", self.repetition);
+        }
         match (guest, lane) {
-            (None, _) => name.clone(),
+            (None, _) => name,
             (Some(guest), Lane::BuiltIn) => format!("{name} on {}", guest.series),
             (Some(guest), Lane::Qemu(_)) => format!("{name} on {} under QEMU", guest.series),
         }
@@ -105,19 +123,33 @@ impl Job {
     pub fn run(&self, settings: &Settings) -> Outcome {
         let start = Instant::now();
         if let Some(reason) = self.skipped(settings) {
-            return Outcome { verdict: Verdict::Skipped(reason), duration: start.elapsed(), repeated: None };
+            return Outcome::new(Verdict::Skipped(reason), start);
         }
         let mut result = self.attempt(settings);
         let repeated = result.as_ref().ok().and_then(Run::broken_ground);
         if repeated.is_some() {
             result = self.attempt(settings);
         }
-        let problems = match &result {
-            Ok(run) => self.problems(run, &settings.lane, &self.folder(settings)),
-            Err(error) => vec![format!("{error:#}")],
-        };
-        let verdict = if problems.is_empty() { Verdict::Passed } else { Verdict::Failed(problems) };
-        Outcome { verdict, duration: start.elapsed(), repeated }
+        let mut found = Findings::default();
+        let mut code = 0;
+        match &result {
+            Ok(run) => {
+                code = run.code;
+                self.check(run, settings, &mut found);
+            }
+            Err(error) => found.problems.push(format!("{error:#}")),
+        }
+        let verdict =
+            Verdict::judge(code, std::mem::take(&mut found.problems), self.expected_failure(settings));
+        let Findings { combinations, coverage, .. } = found;
+        Outcome { repeated, combinations, coverage, ..Outcome::new(verdict, start) }
+    }
+
+    /// What this kernel's own driver is known for.
+    fn expected_failure(&self, settings: &Settings) -> Option<&ExpectedFailure> {
+        let guest = self.guest.as_ref()?.as_ref().ok()?;
+        let is_for = |expected: &&ExpectedFailure| expected.guests.iter().any(|series| guest.is_of(series));
+        if settings.driver.is_some() { None } else { self.scenario.expect_failure.iter().find(is_for) }
     }
 
     /// Folder of this run's files.
@@ -160,6 +192,7 @@ impl Job {
             code: status.code().with_context(|| format!("mana-vmm was killed: {status}"))?,
             stdout: text("stdout"),
             stderr: text("stderr"),
+            console: text("console"),
             trace: Trace::read(&folder.join("trace.jsonl"))?,
         })
     }
@@ -174,17 +207,20 @@ impl Job {
         let output = qemu::run(&qemu::Order {
             vmm: &settings.vmm,
             qemu: program,
-            series: &guest.series,
+            guest,
             driver: settings.driver.as_deref(),
             kvm: settings.accel == "kvm",
             machine: &self.scenario.machine,
-            exec: &transcript::script(&all_steps(&self.scenario)),
+            append: &self.append(settings),
+            exec: &transcript::script(&self.steps(settings)),
             folder,
         })?;
         let qemu::Output { code, stdout, stderr } = output;
         fs::write(folder.join("stdout"), &stdout)?;
         fs::write(folder.join("stderr"), &stderr)?;
-        Ok(Run { code, stdout, stderr, trace: Trace::read(&folder.join("trace.jsonl"))? })
+        let console =
+            String::from_utf8_lossy(&fs::read(folder.join("console")).unwrap_or_default()).into_owned();
+        Ok(Run { code, stdout, stderr, console, trace: Trace::read(&folder.join("trace.jsonl"))? })
     }
 
     fn arguments(&self, settings: &Settings, folder: &Path) -> Vec<String> {
@@ -194,7 +230,6 @@ impl Job {
         let file = |name: &str| folder.join(name).display().to_string();
         let mut arguments = vec!["boot".to_owned()];
         let mut option = |name: &str, value: String| arguments.extend([format!("--{name}"), value]);
-        option("guest", guest.series.clone());
         if let Some(driver) = &settings.driver {
             option("driver", driver.display().to_string());
         }
@@ -205,47 +240,66 @@ impl Job {
         machine.devices.iter().for_each(|device| option("device", device.clone()));
         (0..machine.disks.len())
             .for_each(|number| option("disk", disk_file(folder, number).display().to_string()));
-        if !machine.append.is_empty() {
-            option("append", machine.append.clone());
+        let append = self.append(settings);
+        if !append.is_empty() {
+            option("append", append);
         }
         option("timeout", machine.timeout.to_string());
         option("trace", file("trace.jsonl"));
         option("console", file("console"));
-        option("exec", transcript::script(&all_steps(scenario)));
+        option("exec", transcript::script(&self.steps(settings)));
+        arguments.extend(guest.options());
         arguments
     }
 
-    /// All that was not as expected.
-    fn problems(&self, run: &Run, lane: &Lane, folder: &Path) -> Vec<String> {
+    /// What goes to the kernel's command line; the kernel makes of what it doesn't know its init's environment.
+    fn append(&self, settings: &Settings) -> String {
+        let own = &self.scenario.machine.append;
+        if settings.coverage { format!("{own} MANA_COVERAGE=1").trim().to_owned() } else { own.clone() }
+    }
+
+    /// The scenario's steps, and those that end every one: a look at the log, and the coverage if it is wanted.
+    fn steps(&self, settings: &Settings) -> Vec<Step> {
+        let allowed = &self.scenario.expect.log_allows;
+        let allow: String = allowed.iter().map(|text| format!(" --allow '{text}'")).collect();
+        let mut steps = self.scenario.step.clone();
+        steps.push(Step { run: format!("log-check{allow}"), ..Step::default() });
+        if settings.coverage {
+            steps.push(Step { run: COVERAGE.to_owned(), ..Step::default() });
+        }
+        steps
+    }
+
+    /// Notes all that was not as expected.
+    fn check(&self, run: &Run, settings: &Settings, found: &mut Findings) {
         let expect = &self.scenario.expect;
-        let mut problems = Vec::new();
-        let mut note = |result: Result<()>| problems.extend(result.err().map(|error| format!("{error:#}")));
-        note(run.check_exit(expect.exit));
+        found.note(run.check_exit(expect.exit));
+        if let Some(report) = crash::report(&run.console).filter(|_| GUEST_DIED.contains(&run.code)) {
+            found.problems.push(format!("{}\n{report}", crash::summary(&report)));
+        }
         for text in &expect.stderr {
-            note(if run.stderr.contains(text) {
-                Ok(())
-            } else {
-                Err(anyhow::anyhow!("stderr lacks '{text}'"))
-            });
+            let has = run.stderr.contains(text);
+            found.note(if has { Ok(()) } else { Err(anyhow::anyhow!("stderr lacks '{text}'")) });
         }
         if let Some(Ok(guest)) = &self.guest {
-            let steps = all_steps(&self.scenario);
-            for (number, step) in steps.iter().enumerate() {
-                note(
-                    self.check_step(step, transcript::result(&run.stdout, number), guest)
-                        .with_context(|| format!("step '{}'", step.run)),
-                );
+            for (number, step) in self.steps(settings).iter().enumerate() {
+                let result = transcript::result(&run.stdout, number);
+                if step.run == COVERAGE {
+                    found.coverage = result.and_then(|result| serde_json::from_str(result.stdout).ok());
+                }
+                let checked = self.check_step(step, result, guest, &run.trace, &mut found.combinations);
+                found.note(checked.with_context(|| format!("step '{}'", step.run)));
             }
         }
         if expect.ledger_empty {
-            note(run.check_ledger());
+            found.note(run.check_ledger());
         }
-        if *lane != Lane::BuiltIn {
-            note(run.check_teardown());
+        if settings.lane != Lane::BuiltIn {
+            found.note(run.check_teardown());
         }
-        expect.trace.iter().for_each(|check| note(run.trace.check(check)));
-        expect.disk.iter().for_each(|check| note(check_disk(folder, check)));
-        problems
+        expect.trace.iter().for_each(|check| found.note(run.trace.check(check)));
+        let folder = self.folder(settings);
+        expect.disk.iter().for_each(|check| found.note(check_disk(&folder, check)));
     }
 
     fn check_step(
@@ -253,13 +307,16 @@ impl Job {
         step: &Step,
         result: Option<transcript::StepResult<'_>>,
         guest: &Guest,
+        trace: &Trace,
+        combinations: &mut Vec<Combination>,
     ) -> Result<()> {
         let result = result.context("the guest didn't finish it")?;
         ensure!(result.status == step.status, "status {}, {}", result.status, result.stderr.trim());
         for text in &step.contains {
             ensure!(result.stdout.contains(text.as_str()), "its output lacks '{text}'");
         }
-        if step.json.is_empty() && !step.vectors_by_model && !step.topology_as_asked {
+        let by_model = step.vectors_by_model || step.functions_by_model || step.topology_as_asked;
+        if step.json.is_empty() && !by_model {
             return Ok(());
         }
         let report: serde_json::Value =
@@ -275,6 +332,21 @@ impl Job {
             .collect::<Result<_>>()?;
         if step.vectors_by_model {
             model::check_vectors(&report, guest.generation, topology, &devices)?;
+        }
+        if step.functions_by_model {
+            let machine = &self.scenario.machine;
+            let checked = check::check(&report, trace, guest.generation, &machine.cpus, &machine.devices)?;
+            let differ: Vec<String> = checked
+                .iter()
+                .filter_map(|one| Some(format!("{}: {}", one.device, one.problem.as_ref()?)))
+                .collect();
+            combinations.extend(checked);
+            ensure!(
+                differ.is_empty(),
+                "{} functions are not as the model says:\n{}",
+                differ.len(),
+                differ.join("\n")
+            );
         }
         if step.topology_as_asked {
             model::check_topology(&report, topology, &devices)?;
@@ -301,18 +373,18 @@ fn check_disk(folder: &Path, check: &DiskCheck) -> Result<()> {
     Ok(())
 }
 
-/// The scenario's steps, and the look at the log that ends every one.
-fn all_steps(scenario: &Scenario) -> Vec<Step> {
-    let allow: String = scenario.expect.log_allows.iter().map(|text| format!(" --allow '{text}'")).collect();
-    let log_check = Step {
-        run: format!("log-check{allow}"),
-        status: 0,
-        contains: Vec::new(),
-        json: toml::Table::new(),
-        vectors_by_model: false,
-        topology_as_asked: false,
-    };
-    scenario.step.iter().cloned().chain([log_check]).collect()
+/// What a run showed.
+#[derive(Debug, Default)]
+struct Findings {
+    problems: Vec<String>,
+    combinations: Vec<Combination>,
+    coverage: Option<Coverage>,
+}
+
+impl Findings {
+    fn note(&mut self, result: Result<()>) {
+        self.problems.extend(result.err().map(|error| format!("{error:#}")));
+    }
 }
 
 /// What came out.
@@ -320,6 +392,7 @@ struct Run {
     code: i32,
     stdout: String,
     stderr: String,
+    console: String,
     trace: Trace,
 }
 

@@ -10,6 +10,8 @@ use anyhow::{Context, Result, bail, ensure};
 use serde::Deserialize;
 use toml::{Table, Value};
 
+use crate::matrix::plan::{Axes, Plan};
+
 /// One file, or one case of it.
 #[derive(Clone, Debug, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -26,6 +28,14 @@ pub struct Scenario {
     pub vectors: Option<Growth>,
     /// Why it says nothing under another VMM than the built-in one, if it doesn't.
     pub built_in_only: Option<String>,
+    /// Only under `--full`.
+    #[serde(default)]
+    pub full: bool,
+    /// Kernels whose own driver fails, as it should not.
+    #[serde(default)]
+    pub expect_failure: Vec<ExpectedFailure>,
+    /// Many functions with other limits each, in place of `machine.devices`.
+    pub matrix: Option<Axes>,
     /// `mana-vmm` is called with exactly these arguments; no guest runs.
     #[serde(default)]
     pub arguments: Vec<String>,
@@ -38,6 +48,18 @@ pub struct Scenario {
     /// What must be seen from outside.
     #[serde(default)]
     pub expect: Expect,
+}
+
+/// A defect of some kernels' own drivers. A run that does not show it has failed.
+#[derive(Clone, Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct ExpectedFailure {
+    /// Series of the kernels.
+    pub guests: Vec<String>,
+    /// What is wrong with the driver, and since when it is not.
+    pub reason: String,
+    /// A text in what the run finds wrong.
+    pub shows: String,
 }
 
 /// When a driver takes its interrupt vectors.
@@ -85,7 +107,7 @@ impl Default for Machine {
 }
 
 /// A shell command in the guest, and what it must say.
-#[derive(Clone, Debug, Deserialize)]
+#[derive(Clone, Debug, Default, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Step {
     /// The command.
@@ -102,6 +124,9 @@ pub struct Step {
     /// Its output is that of `vectors`, and agrees with the model of the driver's generation.
     #[serde(default)]
     pub vectors_by_model: bool,
+    /// Its output is that of `functions`, and each function agrees with the model of the driver's generation.
+    #[serde(default)]
+    pub functions_by_model: bool,
     /// Its output is that of `topology`, and agrees with `--cpus`.
     #[serde(default)]
     pub topology_as_asked: bool,
@@ -186,23 +211,43 @@ impl Scenario {
 }
 
 /// All cases of all scenarios in `folder`, by name.
-pub fn load_folder(folder: &Path) -> Result<Vec<Scenario>> {
+pub fn load_folder(folder: &Path, full: bool) -> Result<Vec<Scenario>> {
     let entries = fs::read_dir(folder).with_context(|| format!("no scenarios in {}", folder.display()))?;
     let mut files: Vec<PathBuf> = entries.filter_map(|entry| Some(entry.ok()?.path())).collect();
     files.retain(|file| file.extension().is_some_and(|ending| ending == "toml"));
     files.sort();
     let mut scenarios = Vec::new();
     for file in files {
-        let cases = load(&file).with_context(|| file.display().to_string())?;
+        let cases = load(&file, full).with_context(|| file.display().to_string())?;
         scenarios.extend(cases);
     }
     ensure!(!scenarios.is_empty(), "no scenarios in {}", folder.display());
     Ok(scenarios)
 }
 
-fn load(file: &Path) -> Result<Vec<Scenario>> {
+fn load(file: &Path, full: bool) -> Result<Vec<Scenario>> {
     let name = file.file_stem().unwrap_or_default().to_string_lossy();
-    parse(&name, &fs::read_to_string(file)?)
+    let mut scenarios = Vec::new();
+    for scenario in parse(&name, &fs::read_to_string(file)?)? {
+        scenarios.extend(in_parts(scenario, full)?);
+    }
+    scenarios.retain(|scenario| full || !scenario.full);
+    Ok(scenarios)
+}
+
+/// A matrix takes several guests, each a scenario of its own.
+fn in_parts(scenario: Scenario, full: bool) -> Result<Vec<Scenario>> {
+    let Some(axes) = &scenario.matrix else { return Ok(vec![scenario]) };
+    let guests = axes.guests(&scenario.machine.cpus, full)?;
+    let number = guests.len();
+    let part = |(index, plan): (usize, Plan)| {
+        let mut part = scenario.clone();
+        part.name += &format!(" {}/{number}", index + 1);
+        part.machine.devices = plan.devices;
+        part.machine.netdevs = plan.netdevs;
+        part
+    };
+    Ok(guests.into_iter().enumerate().map(part).collect())
 }
 
 fn parse(name: &str, text: &str) -> Result<Vec<Scenario>> {
@@ -222,6 +267,7 @@ fn one_case(name: &str, table: &Table, case: &Table) -> Result<Scenario> {
     substitute(&mut value, case)?;
     let mut scenario: Scenario = value.try_into()?;
     scenario.name = name.to_owned();
+    scenario.full |= case.get("full").is_some_and(|full| full.as_bool() == Some(true));
     if !case.is_empty() {
         scenario.name = format!("{name} ({})", case_name(case));
     }
@@ -234,7 +280,9 @@ fn case_name(case: &Table) -> String {
     if let Some(name) = case.get("name") {
         return plain(name);
     }
-    let short = case.iter().filter(|(_, value)| !value.is_array());
+    // What is a property of the run, or follows from the rest, tells no case from another.
+    let telling = |name: &str| !["full", "memory"].contains(&name);
+    let short = case.iter().filter(|(name, value)| telling(name) && !value.is_array());
     let values: Vec<String> = short.map(|(name, value)| format!("{name} {}", plain(value))).collect();
     values.join(", ")
 }
@@ -307,6 +355,7 @@ mod tests {
     #[test]
     fn every_scenario_of_the_suite_loads() {
         let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("scenarios");
-        load_folder(&folder).unwrap();
+        let (default, full) = (load_folder(&folder, false).unwrap(), load_folder(&folder, true).unwrap());
+        assert!(default.len() < full.len());
     }
 }

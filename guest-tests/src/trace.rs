@@ -103,6 +103,17 @@ impl Trace {
         self.matches(pattern)?.first().copied().with_context(|| format!("'{pattern}' doesn't happen"))
     }
 
+    /// The numbers in field `name` of the events that match `pattern`.
+    pub fn fields(&self, pattern: &str, name: &str) -> Result<Vec<u64>> {
+        let found = self.matches(pattern)?;
+        Ok(found.into_iter().filter_map(|at| self.0[at].get(name)?.as_u64()).collect())
+    }
+
+    /// Where the first event is that matches `pattern`.
+    pub fn position(&self, pattern: &str) -> Result<usize> {
+        self.first(pattern)
+    }
+
     fn show(&self, at: Option<usize>) -> String {
         at.map(|at| Value::Object(self.0[at].clone()).to_string()).unwrap_or_default()
     }
@@ -151,7 +162,11 @@ impl<'a> Pattern<'a> {
 
     fn matches(&self, event: &Map<String, Value>) -> bool {
         let holds = |&(name, comparison, wanted): &(&str, Comparison, &str)| {
-            let Some(value) = event.get(name) else { return false };
+            // An only device has no number.
+            let only = Value::from(0);
+            let Some(value) = event.get(name).or_else(|| (name == "device").then_some(&only)) else {
+                return false;
+            };
             match (comparison, value.as_u64(), wanted.parse::<u64>()) {
                 (Comparison::AtLeast, Some(value), Ok(wanted)) => value >= wanted,
                 (Comparison::AtMost, Some(value), Ok(wanted)) => value <= wanted,

@@ -3,6 +3,7 @@
 mod bench;
 mod echo;
 mod establish_again;
+mod functions;
 mod host;
 mod log_check;
 mod power;
@@ -28,11 +29,13 @@ pub fn run(name: &str, mut arguments: Arguments) -> Result<()> {
         "echo-udp" => echo::udp(&mut arguments),
         "establish-again" => establish_again::run(&mut arguments),
         "flr" => rebind::flr(&mut arguments),
+        "functions" => functions::run(),
         "host" => return host::run(arguments),
         "link-up" => each_interface(&mut arguments, link_up),
         "link-wait" => each_interface(&mut arguments, net::wait_for_carrier),
         "log-check" => log_check::run(&mut arguments),
         "queues" => queues(&mut arguments),
+        "rebind" => functions::rebind(&mut arguments),
         "reload" => reload::run(&mut arguments),
         "suspend" => power::suspend(&mut arguments),
         "topology" => topology::run(),
