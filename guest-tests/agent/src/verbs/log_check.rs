@@ -39,6 +39,11 @@ pub fn run(arguments: &mut Arguments) -> Result<Value> {
     bail!("{} lines in the kernel's log:\n{}", complaints.len(), complaints.join("\n"))
 }
 
+/// Complaints that the log holds now, as [`run`] finds them.
+pub fn complaints_now(allowed: &[String]) -> Result<Vec<String>> {
+    Ok(complaints(&sys::kernel_log()?, allowed).into_iter().map(str::to_owned).collect())
+}
+
 fn complaints<'a>(log: &'a str, allowed: &[String]) -> Vec<&'a str> {
     let is_complaint = |line: &&str| COMPLAINTS.iter().any(|text| line.contains(text));
     let is_allowed = |line: &&str| allowed.iter().any(|text| line.contains(text.as_str()));
