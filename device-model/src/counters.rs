@@ -3,6 +3,7 @@
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use crate::observe::Fields;
+use crate::state::{StateError, check};
 
 /// A count that several threads may raise.
 #[derive(Debug, Default)]
@@ -16,6 +17,10 @@ impl Counter {
     /// `n` more; the answer is the new count.
     pub fn add(&self, n: u64) -> u64 {
         self.0.fetch_add(n, Ordering::Relaxed).wrapping_add(n)
+    }
+    /// Count on from `n`.
+    pub fn set(&self, n: u64) {
+        self.0.store(n, Ordering::Relaxed);
     }
     /// The count.
     pub fn get(&self) -> u64 {
@@ -40,6 +45,11 @@ macro_rules! count {
     }};
 }
 
+/// Names and counts, as a state keeps them.
+pub fn save(fields: &Fields) -> Vec<(String, u64)> {
+    fields.0.iter().map(|&(name, count)| (name.into(), count)).collect()
+}
+
 macro_rules! counters {
     ($(#[$outer:meta])* $group:ident { $($(#[$meta:meta])* $name:ident,)+ }) => {
         $(#[$outer])*
@@ -50,6 +60,27 @@ macro_rules! counters {
             /// Names and counts.
             pub fn fields(&self) -> Fields {
                 Fields(vec![$((stringify!($name), self.$name.get()),)+])
+            }
+            fn named(&self, name: &str) -> Option<&Counter> {
+                match name {
+                    $(stringify!($name) => Some(&self.$name),)+
+                    _ => None,
+                }
+            }
+            /// Whether all of `saved` are counters of this group.
+            ///
+            /// # Errors
+            /// One is not.
+            pub fn check(&self, saved: &[(String, u64)]) -> Result<(), StateError> {
+                let unknown = saved.iter().find(|(name, _)| self.named(name).is_none());
+                check(unknown.is_none(), || format!("there is no counter {:?}", unknown.map(|(name, _)| name)))
+            }
+            /// Count on from what was saved; what was not starts at 0.
+            pub fn load(&self, saved: &[(String, u64)]) {
+                for (name, _) in self.fields().0 {
+                    let count = saved.iter().find(|(known, _)| known == name).map_or(0, |(_, count)| *count);
+                    self.named(name).into_iter().for_each(|counter| counter.set(count));
+                }
             }
         }
     };

@@ -88,12 +88,12 @@ pub enum Ran {
 /// Lock order: shared-memory window, firmware, then as in `Queues`.
 pub struct ManaDevice {
     layout: Layout,
-    pci: Mutex<ConfigSpace>,
-    power_on: ConfigSpace,
-    bus_master: Arc<AtomicBool>,
-    window: Mutex<Window>,
-    firmware: Mutex<Firmware>,
-    card: Card,
+    pub(crate) pci: Mutex<ConfigSpace>,
+    pub(crate) power_on: ConfigSpace,
+    pub(crate) bus_master: Arc<AtomicBool>,
+    pub(crate) window: Mutex<Window>,
+    pub(crate) firmware: Mutex<Firmware>,
+    pub(crate) card: Card,
 }
 
 /// One thing in a BAR.
@@ -285,6 +285,11 @@ impl ManaDevice {
     }
     /// Every part back to its power-on state. Bus mastering goes first, so that nothing new begins.
     fn power_cycle(&self) {
+        self.clear();
+        self.card.core.tracer.emit(|| Event::Ledger { live: self.ledger() });
+    }
+    /// What a reset does, without a word about it.
+    pub(crate) fn clear(&self) {
         let Self { layout: _, pci, power_on, bus_master, window, firmware, card } = self;
         bus_master.store(false, Ordering::SeqCst);
         let mut window = lock(window);
@@ -292,7 +297,6 @@ impl ManaDevice {
         *window = Window::default();
         card.core.msix.reset();
         lock(pci).reset(power_on);
-        card.core.tracer.emit(|| Event::Ledger { live: lock(firmware).ledger() });
     }
     /// Live objects by kind; all zero when the driver left nothing behind.
     pub fn ledger(&self) -> Fields {

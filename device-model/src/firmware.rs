@@ -1,6 +1,8 @@
 //! The card's firmware: the hardware channel and everything that commands have made, behind one lock that no
 //! doorbell and no packet takes.
 
+pub mod state;
+
 use crate::card::Card;
 use crate::device::Ran;
 use crate::dma::GuestRam;

@@ -8,6 +8,7 @@
 //! section 4.
 
 mod faults;
+pub mod state;
 
 use zerocopy::little_endian::U32;
 use zerocopy::{FromBytes, IntoBytes};
@@ -272,7 +273,7 @@ impl Hwc {
             false => Vec::new(),
         };
         let result = faults::refusal(&hits).map_or(parsed, Err).and_then(|parsed| {
-            let origin = Origin { seq, command };
+            let origin = Origin { seq, code };
             parsed.execute(&mut Context { card, objects, memory: ram.memory(), origin })
         });
         if let Err(error) = &result {

@@ -4,6 +4,7 @@
 use std::collections::BTreeMap;
 
 use crate::card::Card;
+use crate::command;
 use crate::observe::{Fields, QueueKind};
 use crate::rules::Rule;
 use crate::table::{Device, Objects, Origin, WqKind};
@@ -103,7 +104,10 @@ pub fn report_leaks(card: &Card, objects: &Objects, device: Option<Device>) {
             let makers: Vec<String> = origins
                 .iter()
                 .take(4)
-                .map(|origin| format!("{} (request {})", origin.command, origin.seq))
+                .map(|origin| {
+                    let command = command::name(origin.code).unwrap_or("UNKNOWN");
+                    format!("{command} (request {})", origin.seq)
+                })
                 .collect();
             format!("{} × {kind} left, made by {}", origins.len(), makers.join(", "))
         });

@@ -29,6 +29,7 @@ mod rx;
 pub mod segment;
 mod shaper;
 mod smc;
+pub mod state;
 mod status;
 pub mod steer;
 mod sync;

@@ -7,6 +7,8 @@
 //! Lock order: send queue or a vPort's receive side, completion queue; event queue alone; deadlines alone; MSI-X entries alone. The interrupt
 //! leaves with no queue's lock held.
 
+pub mod state;
+
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard};
 

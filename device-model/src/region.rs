@@ -3,6 +3,8 @@
 //! The driver creates a region (GDMA_CREATE_DMA_REGION, more pages with GDMA_DMA_REGION_ADD_PAGES), then names it
 //! in the command that makes a queue, which takes the region over.
 
+pub mod state;
+
 use vm_memory::VolatileSlice;
 
 use crate::dma::{self, DmaError, GuestRam};

@@ -8,6 +8,8 @@
 //! Source: `mana_gd_ring_doorbell`, `mana_gd_read_cqe`, `mana_gd_process_eq_events` in gdma_main.c; the sheet's
 //! sections 2.5 and 5.
 
+pub mod state;
+
 use std::collections::VecDeque;
 
 use zerocopy::FromBytes;

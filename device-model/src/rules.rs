@@ -4,6 +4,7 @@
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use crate::observe::{Event, Fields, Tracer};
+use crate::state::{StateError, check};
 
 /// A demand on the driver.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -78,6 +79,22 @@ impl Rules {
         let detail = detail();
         log::warn!("driver broke rule {}: {detail}", rule.name());
         tracer.emit(|| Event::RuleViolation { rule: rule.name(), detail });
+    }
+    /// Whether all of `saved` are rules.
+    ///
+    /// # Errors
+    /// One is not.
+    pub fn check(&self, saved: &[(String, u64)]) -> Result<(), StateError> {
+        let known = |name: &str| Rule::ALL.iter().any(|rule| rule.name() == name);
+        let unknown = saved.iter().find(|(name, _)| !known(name));
+        check(unknown.is_none(), || format!("there is no rule {:?}", unknown.map(|(name, _)| name)))
+    }
+    /// Count on from what was saved.
+    pub fn load(&self, saved: &[(String, u64)]) {
+        for (rule, count) in Rule::ALL.iter().zip(&self.broken) {
+            let found = saved.iter().find(|(name, _)| name == rule.name());
+            count.store(found.map_or(0, |(_, count)| *count), Ordering::Relaxed);
+        }
     }
     /// Rules that were broken, with how often.
     pub fn fields(&self) -> Fields {

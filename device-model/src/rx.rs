@@ -6,6 +6,8 @@
 //!
 //! Source: `mana_process_rx_cqe` and `mana_cfg_vport_steering` (mana_en.c); the sheet's sections 7.5 and 8.4.
 
+pub mod state;
+
 use std::sync::{Mutex, MutexGuard};
 
 use arrayvec::ArrayVec;
@@ -96,7 +98,7 @@ pub struct Receive {
 
 /// What the driver has configured. Steering names queues by their position in `queues`.
 #[derive(Default)]
-struct State {
+pub struct State {
     enabled: bool,
     coalescing: Coalescing,
     steering: Steering<u8>,

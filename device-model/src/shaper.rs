@@ -33,6 +33,15 @@ impl Shaper {
             mbps => Some(mbps),
         }
     }
+    /// When the line is free, nanoseconds of the device's clock.
+    pub fn free_at(&self) -> u64 {
+        self.free_at.load(Ordering::Relaxed)
+    }
+    /// Clamp to `mbps` Mbit/s (0: not at all), with the line free at `free_at`: as it was when a state was saved.
+    pub fn load(&self, mbps: u32, free_at: u64) {
+        self.mbps.store(mbps, Ordering::Relaxed);
+        self.free_at.store(free_at, Ordering::Relaxed);
+    }
     /// `Err` with the time from when on a frame may leave, if that is later than `now_ns`.
     pub fn check(&self, now_ns: u64) -> Result<(), u64> {
         let from = self.free_at.load(Ordering::Relaxed).saturating_sub(BURST_NS);

@@ -6,6 +6,8 @@
 //!
 //! Source: `mana_smc_setup_hwc`, `mana_smc_teardown_hwc` (shm_channel.c); the sheet's section 3.
 
+pub mod state;
+
 use zerocopy::IntoBytes;
 
 use crate::bar0::SHM_SIZE;

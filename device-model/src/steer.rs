@@ -16,6 +16,7 @@ const HASH_INPUT: usize = 36;
 /// The hash is linear: each input bit that is set adds (XOR) the 32 key bits that start at its position. An
 /// entry holds that sum for one byte value at one position.
 pub struct Toeplitz {
+    key: [u8; HASH_KEY_SIZE],
     table: Box<[[u32; 256]; HASH_INPUT]>,
 }
 
@@ -32,7 +33,11 @@ impl Toeplitz {
                     .fold(0, |sum, bit| sum ^ (window >> (8 - bit)) as u32);
             }
         }
-        Self { table }
+        Self { key: *key, table }
+    }
+    /// The key.
+    pub fn key(&self) -> &[u8; HASH_KEY_SIZE] {
+        &self.key
     }
     /// The hash of `addresses` (source, destination) followed by `ports` (source, destination), all as in the
     /// packet.

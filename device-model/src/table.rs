@@ -2,6 +2,8 @@
 //!
 //! A handle names its object's kind, its slot and how often the slot was used, so that a stale one finds nothing.
 
+pub mod state;
+
 use std::collections::BTreeMap;
 
 use crate::region::{Region, RingMemory};
@@ -12,8 +14,8 @@ use crate::status::CommandError;
 pub struct Origin {
     /// Number of the request on its channel.
     pub seq: u64,
-    /// The driver's name of the command.
-    pub command: &'static str,
+    /// The command's code.
+    pub code: u32,
 }
 
 #[derive(Debug)]

@@ -1,5 +1,7 @@
 //! Deadlines on the device's clock: what is to be done later, by whoever runs [`crate::ManaDevice::run_timers`].
 
+pub mod state;
+
 use std::cmp::Reverse;
 use std::collections::BinaryHeap;
 use std::sync::Mutex;
@@ -44,7 +46,12 @@ impl Timers {
         let sooner = due.peek().is_none_or(|Reverse((earliest, _))| at_ns < *earliest);
         due.push(Reverse((at_ns, timer)));
         drop(due);
-        sooner && !self.woken.swap(true, Ordering::SeqCst)
+        sooner && self.is_to_be_told()
+    }
+    /// Whoever runs the timers is to be told of a change, and has not been yet.
+    #[must_use]
+    pub fn is_to_be_told(&self) -> bool {
+        !self.woken.swap(true, Ordering::SeqCst)
     }
     /// A run begins: what is added from now on must be told anew.
     pub fn begin(&self) {

@@ -1,5 +1,7 @@
 //! A vPort: the card's end of one cable, with a MAC address, a transmit binding and receive steering.
 
+pub mod state;
+
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU8, AtomicU32, Ordering};
 

@@ -15,7 +15,7 @@ use crate::wire::mana::{
 /// All counters of MANA_QUERY_GF_STAT (`STATISTICS_FLAGS_*`, bits 0 to 26).
 const ALL_STATS: u64 = (1 << 27) - 1;
 /// Bandwidth clamps are multiples of this, Mbit/s.
-const CLAMP_STEP_MBPS: u32 = 100;
+pub const CLAMP_STEP_MBPS: u32 = 100;
 
 /// A counter's sum over all vPorts.
 fn sum(card: &Card, counter: fn(&VportCounters) -> &Counter) -> U64 {

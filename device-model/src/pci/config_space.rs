@@ -5,6 +5,8 @@
 //!
 //! Source: PCI Express base specification, 7.5 and 7.7; identity from `mana_id_table` (gdma_main.c).
 
+pub mod state;
+
 use super::msix;
 use crate::config::{BarLocation, DeviceConfig};
 

@@ -5,6 +5,8 @@
 //! Each vector has its own lock, held only for its entry and while [`MsiSink::route`] is told (so that two
 //! changes of one entry can't overtake each other); [`MsiSink::fire`] is called with no lock held.
 
+pub mod state;
+
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 

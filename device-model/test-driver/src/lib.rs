@@ -39,6 +39,7 @@ pub mod netdev;
 pub mod packet;
 pub mod pci;
 pub mod queues;
+pub mod restore;
 pub mod smc;
 pub mod world;
 

@@ -1,10 +1,12 @@
 //! The machine around the card: guest memory, the interrupt controller, the clock, the worker and the cables, each
 //! a recorder that a test can look into.
 
+use std::cell::Cell;
 use std::collections::{BTreeMap, VecDeque};
 use std::fmt::Write as _;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard};
+use std::ops::Deref;
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock};
 
 use mana_device::config::DeviceConfig;
 use mana_device::doors::{
@@ -12,6 +14,7 @@ use mana_device::doors::{
     TxOffload, Waker, Work,
 };
 use mana_device::observe::{Event, Fields, Observer};
+use mana_device::state::State;
 use mana_device::{Host, ManaDevice, Ran};
 use vm_memory::Bytes as _;
 
@@ -43,6 +46,18 @@ impl Clock for ManualClock {
     }
 }
 
+/// A card's clock, which started at another time than the machine's.
+struct CardClock {
+    clock: Arc<ManualClock>,
+    ahead_ns: u64,
+}
+
+impl Clock for CardClock {
+    fn now_ns(&self) -> u64 {
+        self.clock.now_ns() + self.ahead_ns
+    }
+}
+
 /// The interrupt controller: remembers what is routed and what has fired.
 #[derive(Default)]
 pub struct Interrupts {
@@ -64,6 +79,9 @@ impl Interrupts {
     /// Count messages without keeping them (benchmarks).
     pub fn only_count(&self) {
         self.only_counts.store(true, Ordering::Relaxed);
+    }
+    fn forget_routes(&self) {
+        lock(&self.routes).clear();
     }
     /// Vectors for which a route was ever made, with their current message.
     pub fn routes(&self) -> BTreeMap<u16, MsiMessage> {
@@ -98,6 +116,12 @@ pub struct Worker {
 impl Worker {
     fn next(&self) -> Option<Work> {
         lock(&self.due).pop_front()
+    }
+}
+
+impl Worker {
+    fn forget(&self) {
+        lock(&self.due).clear();
     }
 }
 
@@ -220,10 +244,42 @@ impl Port for Cable {
     }
 }
 
+/// Most cards that are put into one machine.
+const MAX_CARDS: usize = 4096;
+/// How far the clock of a card that takes another's place is ahead of that one's, nanoseconds: far more than any
+/// deadline.
+const REPLACEMENT_NS: u64 = 3_600_000_000_000;
+
+/// Where the card is, and another can be put in its place. Cards that were taken out are kept until the machine goes.
+pub struct Slot {
+    cards: Box<[OnceLock<Box<ManaDevice>>]>,
+    current: AtomicUsize,
+}
+
+impl Slot {
+    fn new(card: ManaDevice) -> Self {
+        let cards: Box<[_]> = (0..MAX_CARDS).map(|_| OnceLock::new()).collect();
+        cards[0].get_or_init(|| Box::new(card));
+        Self { cards, current: AtomicUsize::new(0) }
+    }
+    fn put(&self, card: ManaDevice) {
+        let next = self.current.load(Ordering::Relaxed) + 1;
+        self.cards[next].get_or_init(|| Box::new(card));
+        self.current.store(next, Ordering::Release);
+    }
+}
+
+impl Deref for Slot {
+    type Target = ManaDevice;
+    fn deref(&self) -> &ManaDevice {
+        self.cards[self.current.load(Ordering::Acquire)].get().expect("a card is in the slot")
+    }
+}
+
 /// The machine: the card in it, and everything the card reaches.
 pub struct World {
     /// The card.
-    pub device: ManaDevice,
+    pub device: Slot,
     /// Guest memory and its DMA allocator.
     pub memory: GuestMemory,
     /// Interrupt controller.
@@ -237,6 +293,11 @@ pub struct World {
     /// Online CPUs of the guest.
     pub cpus: u32,
     worker: Arc<Worker>,
+    observed: bool,
+    /// Pieces of work until the card is replaced.
+    replace_in: Cell<Option<u64>>,
+    /// How far the card's clock is ahead of the machine's.
+    ahead_ns: Cell<u64>,
 }
 
 impl Default for World {
@@ -290,7 +351,73 @@ impl World {
             observer: observed.then(|| recorder.clone() as Arc<dyn Observer>),
         };
         let device = ManaDevice::new(config, host).expect("the device takes this configuration");
-        Self { device, memory, interrupts, clock, recorder, cables, cpus, worker }
+        let (device, replace_in, ahead_ns) = (Slot::new(device), Cell::new(None), Cell::new(0));
+        Self {
+            device,
+            memory,
+            interrupts,
+            clock,
+            recorder,
+            cables,
+            cpus,
+            worker,
+            observed,
+            replace_in,
+            ahead_ns,
+        }
+    }
+
+    fn host(&self) -> Host {
+        Host {
+            memory: Memory::new(self.memory.mmap()),
+            msi: self.interrupts.clone(),
+            clock: Arc::new(CardClock { clock: self.clock.clone(), ahead_ns: self.ahead_ns.get() }),
+            waker: self.worker.clone(),
+            ports: self.cables.iter().map(|cable| cable.clone() as Arc<dyn Port>).collect(),
+            observer: self.observed.then(|| self.recorder.clone() as Arc<dyn Observer>),
+        }
+    }
+
+    /// Save the card's state, put a new card made from it in its place, whose clock shows another time, and go on with that: the driver
+    /// must not notice. The new card's state is the same. Returns the state as bytes.
+    ///
+    /// # Panics
+    /// The state is refused, or the new card's is another.
+    pub fn replace_card(&self) -> Vec<u8> {
+        let saved = self.device.save();
+        let bytes = saved.to_bytes().expect("the state has an encoding");
+        self.ahead_ns.set(self.ahead_ns.get() + REPLACEMENT_NS);
+        self.interrupts.forget_routes();
+        self.worker.forget();
+        let state = State::from_bytes(&bytes).expect("the bytes are a state");
+        assert_eq!(state, saved, "the bytes are the state");
+        let card = ManaDevice::restore(state.config().clone(), self.host(), &state);
+        let card = card.expect("a saved state can be restored");
+        assert_eq!(card.save(), saved, "the restored card is in the state that was saved");
+        self.device.put(card);
+        self.device.resume();
+        bytes
+    }
+
+    /// Replace the card before it does its `n`-th piece of work from now on.
+    pub fn replace_card_in(&self, n: u64) {
+        self.replace_in.set(Some(n));
+    }
+
+    /// Whether the card has just been replaced, so that what it was woken for is to be asked anew.
+    fn replaced(&self) -> bool {
+        match self.replace_in.get() {
+            Some(0) => {
+                self.replace_in.set(None);
+                self.replace_card();
+                true
+            }
+            Some(n) => {
+                self.replace_in.set(Some(n - 1));
+                false
+            }
+            None => false,
+        }
     }
 
     /// From now on the caller runs the device by itself ([`ManaDevice::run`]) and interrupts are only counted: what
@@ -311,7 +438,7 @@ impl World {
             match self.worker.next() {
                 Some(Work::Timers) => (),
                 Some(work) => self.run_to_idle(work),
-                None => match self.device.run_timers() {
+                None => match self.device.run_timers().map(|at_ns| at_ns - self.ahead_ns.get()) {
                     Some(deadline) if deadline <= self.now() && lock(&self.worker.due).is_empty() => {
                         panic!("run_timers leaves a deadline behind that has already passed")
                     }
@@ -325,7 +452,7 @@ impl World {
 
     fn run_to_idle(&self, work: Work) {
         for _ in 0..MAX_GOES {
-            if self.device.run(work, BUDGET) == Ran::Idle {
+            if self.replaced() || self.device.run(work, BUDGET) == Ran::Idle {
                 return;
             }
         }

@@ -9,5 +9,6 @@ mod msix_table;
 mod pci;
 mod ports;
 mod receive;
+mod restore;
 mod send;
 mod stress;
