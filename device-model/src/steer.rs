@@ -4,6 +4,8 @@
 //! (MANA_CONFIG_VPORT_RX, `mana_cfg_vport_steering`); what is not hashed goes to the default object. The hash
 //! is Microsoft's ("Verifying the RSS Hash Calculation").
 
+use std::sync::{Arc, LazyLock};
+
 use crate::packet::{Headers, Ip, IpVersion, Protocol};
 
 /// Bytes of a Toeplitz key (`MANA_HASH_KEY_SIZE`).
@@ -17,23 +19,32 @@ const HASH_INPUT: usize = 36;
 /// entry holds that sum for one byte value at one position.
 pub struct Toeplitz {
     key: [u8; HASH_KEY_SIZE],
-    table: Box<[[u32; 256]; HASH_INPUT]>,
+    table: Arc<Table>,
 }
+
+type Table = [[u32; 256]; HASH_INPUT];
+
+/// The table of the key that there is after a reset: resets are frequent, and it is large.
+static ZERO_KEY: LazyLock<Arc<Table>> = LazyLock::new(|| Arc::new([[0; 256]; HASH_INPUT]));
 
 impl Toeplitz {
     /// Expand `key`, whose bytes are in the order of ethtool and of Microsoft's examples.
     pub fn new(key: &[u8; HASH_KEY_SIZE]) -> Self {
-        let mut table = Box::new([[0; 256]; HASH_INPUT]);
+        if *key == [0; HASH_KEY_SIZE] {
+            return Self { key: *key, table: ZERO_KEY.clone() };
+        }
+        let mut table = [[0; 256]; HASH_INPUT];
         for (at, sums) in table.iter_mut().enumerate() {
             // The 40 key bits that the eight bits of this input byte slide over.
             let window = key.iter().skip(at).take(5).fold(0u64, |bits, &byte| bits << 8 | u64::from(byte));
-            for (value, sum) in sums.iter_mut().enumerate() {
-                *sum = (0..8)
-                    .filter(|bit| value >> (7 - bit) & 1 != 0)
-                    .fold(0, |sum, bit| sum ^ (window >> (8 - bit)) as u32);
+            // Each bit, from the last on, doubles what is known.
+            for bit in 0..8 {
+                let (known, rest) = sums.split_at_mut(1 << bit);
+                let key_bits = (window >> (bit + 1)) as u32;
+                rest.iter_mut().zip(known).for_each(|(sum, known)| *sum = *known ^ key_bits);
             }
         }
-        Self { key: *key, table }
+        Self { key: *key, table: Arc::new(table) }
     }
     /// The key.
     pub fn key(&self) -> &[u8; HASH_KEY_SIZE] {
