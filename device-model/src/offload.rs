@@ -83,11 +83,18 @@ impl TxChecksums {
     pub fn is_empty(&self) -> bool {
         self.ip.is_none() && self.outer_ip.is_none() && self.transport.is_none()
     }
-    /// What a port that makes transport checksums is told.
-    pub fn partial(&self) -> Option<PartialChecksum> {
-        let transport = self.transport?;
-        let start = u16::try_from(transport.offset).ok()?;
-        Some(PartialChecksum { start, offset: transport.protocol.checksum_offset() as u16 })
+    /// What a port that makes transport checksums is told of a frame of `len` bytes.
+    ///
+    /// # Errors
+    /// [`HeaderError`] if the checksum lies outside the frame.
+    pub fn partial(&self, len: usize) -> Result<Option<PartialChecksum>, HeaderError> {
+        let Some(transport) = self.transport else { return Ok(None) };
+        let offset = transport.protocol.checksum_offset();
+        if transport.offset + offset + size_of::<u16>() > len {
+            return Err(HeaderError);
+        }
+        let start = u16::try_from(transport.offset).map_err(|_| HeaderError)?;
+        Ok(Some(PartialChecksum { start, offset: offset as u16 }))
     }
     /// Fill them in the whole `frame`.
     ///

@@ -399,7 +399,7 @@ impl<'a, 'm> Sender<'a, 'm> {
             let mut head = [0; MAX_LSO_HEADER];
             let len = frame.copy_to(&mut head);
             let checksums = TxChecksums::locate(oob, head.get(..len).unwrap_or_default())?;
-            let offload = TxOffload { checksum: checksums.partial(), segmentation: None };
+            let offload = TxOffload { checksum: checksums.partial(frame.len)?, segmentation: None };
             self.put(&frame.buffers, frame.len, frame.head, tag, offload);
             return Ok(());
         }

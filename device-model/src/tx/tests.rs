@@ -357,7 +357,7 @@ fn each_refusal_has_its_type_and_counter_and_the_queue_goes_on() {
     let queue = Rig::new(NOTHING).sq(1, 256);
     let oob = || oob().of(&queue);
     let tagged = |len: usize| [&[2; 12][..], &[0x81, 0, 0, 5], &vec![0; len - 16]].concat();
-    let cases: [(&str, Vec<u8>, Vec<u8>, u8); 12] = [
+    let cases: [(&str, Vec<u8>, Vec<u8>, u8); 13] = [
         ("tx_err_mtu_violation", oob().bytes(), vec![2; 1515], 34),
         ("tx_err_mtu_violation", oob().bytes(), tagged(1519), 34),
         ("tx_err_mtu_violation", oob().vlan(5).bytes(), vec![2; 1515], 34),
@@ -370,13 +370,16 @@ fn each_refusal_has_its_type_and_counter_and_the_queue_goes_on() {
         ("tx_err_header", oob().bytes(), vec![2; 13], 37),
         ("tx_err_header", oob().ipv4().udp().bytes(), tcp4(b"x"), 37),
         ("tx_err_header", oob().ipv4().tcp(1000).bytes(), tcp4(b"x"), 37),
+        ("tx_err_header", oob().ipv4().tcp(34).bytes(), udp4(&[]), 37),
     ];
-    for (counter, oob, frame, kind) in cases {
-        let rig = Rig::new(NOTHING);
-        assert_eq!(one(&rig, &oob, 0, &rig.scatter(&frame, &[])), (Some(kind), true), "{counter}");
+    for (capabilities, (counter, oob, frame, kind)) in
+        [NOTHING, EVERYTHING].into_iter().flat_map(|does| cases.iter().map(move |case| (does, case)))
+    {
+        let rig = Rig::new(capabilities);
+        assert_eq!(one(&rig, oob, 0, &rig.scatter(frame, &[])), (Some(*kind), true), "{counter}");
         for (name, count) in rig.counters().fields().0 {
             if name.starts_with("tx_err") {
-                assert_eq!(count, u64::from(name == counter), "{name} for {counter}");
+                assert_eq!(count, u64::from(name == *counter), "{name} for {counter}");
             }
         }
     }
