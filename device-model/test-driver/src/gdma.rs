@@ -22,9 +22,13 @@ pub mod code {
     pub const GENERATE_TEST_EQE: u32 = 10;
     pub const CREATE_QUEUE: u32 = 12;
     pub const DISABLE_QUEUE: u32 = 13;
+    pub const ALLOCATE_RESOURCE_RANGE: u32 = 22;
+    pub const DESTROY_RESOURCE_RANGE: u32 = 24;
     pub const CREATE_DMA_REGION: u32 = 25;
     pub const DMA_REGION_ADD_PAGES: u32 = 26;
     pub const DESTROY_DMA_REGION: u32 = 27;
+    pub const CREATE_PD: u32 = 29;
+    pub const DESTROY_PD: u32 = 30;
     pub const QUERY_HWC_TIMEOUT: u32 = 84;
 }
 

@@ -7,6 +7,7 @@
 //! * [`World`] is the machine around the card: memory, interrupts, a clock that only moves when told, cables.
 //! * [`Generation`] says, as data, how a kernel's driver behaves: order of commands, versions, vectors, sizes.
 //! * [`lean`] drives rings that a [`Driver`] has made, as fast as a driver can.
+//! * [`exercise`] is no driver at all: it plays bytes to the card, for fuzzing.
 //! * [`Driver`] is `mana.ko`: [`Driver::probe`], [`Driver::ifup`], [`Driver::ifdown`], [`Driver::remove`].
 //!
 //! What the Linux driver answers with an errno comes back as an [`Error`]; what makes it WARN, oops or lose a packet
@@ -26,6 +27,7 @@
 mod datapath;
 mod driver;
 mod error;
+pub mod exercise;
 pub mod gdma;
 pub mod generation;
 mod hwc;

@@ -1,0 +1,63 @@
+//! Plays bytes to the card as a hostile guest would: the bodies of the fuzz targets, which tests on stable replay.
+//!
+//! A [`Machine`] is made once and reset after every case, in microseconds. Around each case stand the same checks: the
+//! card writes only where the guest has granted it ([`ram`]), interrupts only where the guest lets it ([`doors`]), has
+//! alive what the guest's successful commands made ([`model`]), completes no more than was asked for, and becomes idle.
+//!
+//! | target | what the bytes are |
+//! |---|---|
+//! | [`config`] | accesses to configuration space, the MSI-X table and its pending bits |
+//! | [`bar0`] | accesses to BAR0: registers, the shared-memory window, doorbells |
+//! | [`hwc`] | shared-memory requests and messages of the hardware channel, and the WQEs that carry them |
+//! | [`queues`] | WQEs, buffers and doorbells of queues that a driver has made |
+//! | [`packets`] | frames from the cable, and what RSS, coalescing and buffers are like |
+//! | [`device`] | steps of a driver, most of them legal |
+//!
+//! `vfio-user`'s function is with the server: `mana_vmm::vfio_user::exercise`.
+
+pub mod bar0;
+pub mod config;
+pub mod device;
+pub mod doors;
+pub mod hwc;
+pub mod machine;
+pub mod message;
+pub mod model;
+pub mod packets;
+pub mod port;
+pub mod queues;
+pub mod ram;
+pub mod seeds;
+
+pub use machine::Machine;
+
+/// A target: plays one input to a machine as new.
+pub type Play = fn(&mut Machine, &[u8]);
+
+/// The targets of this crate, by the name of their corpus.
+pub const TARGETS: [(&str, Play); 6] = [
+    ("config", config::play),
+    ("bar0", bar0::play),
+    ("hwc", hwc::play),
+    ("queues", queues::play),
+    ("packets", packets::play),
+    ("device", device::play),
+];
+
+/// Play one input, look at what it has done to memory, and reset the machine.
+///
+/// # Panics
+/// The card breaks a promise.
+pub fn case(machine: &mut Machine, play: Play, input: &[u8]) {
+    play(machine, input);
+    machine.end();
+}
+
+/// `sum` with `bytes` mixed in.
+fn digest(sum: u64, bytes: &[u8]) -> u64 {
+    bytes.chunks(8).fold(sum, |sum, chunk| {
+        let mut word = [0; 8];
+        word[..chunk.len()].copy_from_slice(chunk);
+        (sum ^ u64::from_le_bytes(word)).wrapping_mul(0x9e37_79b9_7f4a_7c15).rotate_left(29)
+    })
+}

@@ -1,0 +1,243 @@
+//! Guest memory that knows who may write where: a shadow of every page, and the ranges that the card was granted.
+//!
+//! The driver's writes go to both. Whatever else differs is the card's work and must lie in a grant. Memory is made
+//! once; [`Ram::reset`] clears what was touched.
+
+use std::ops::Range;
+
+use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
+
+/// Bytes of a page.
+pub const PAGE: usize = 4096;
+/// First page of each stretch of RAM, and how many: two that touch, so that a buffer can lie across them, and one
+/// with all address bits in use.
+const STRETCHES: [(u64, usize); 3] = [(0x10_0000, 16), (0x11_0000, 4), (0xfff7_0000_0000_0000, 1)];
+/// Pages in all.
+pub const PAGES: usize = 21;
+
+/// Bus address of page `index`, modulo the number of pages.
+pub fn address(index: usize) -> u64 {
+    let mut left = index % PAGES;
+    for (start, pages) in STRETCHES {
+        if left < pages {
+            return start + (left * PAGE) as u64;
+        }
+        left -= pages;
+    }
+    unreachable!("the stretches have {PAGES} pages")
+}
+
+/// The page that holds `address`.
+fn index_of(address: u64) -> Option<usize> {
+    let mut before = 0;
+    for (start, pages) in STRETCHES {
+        let offset = address.wrapping_sub(start);
+        if offset < (pages * PAGE) as u64 {
+            return Some(before + offset as usize / PAGE);
+        }
+        before += pages;
+    }
+    None
+}
+
+/// Whom a grant is for: what ends it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Holder {
+    /// The hardware channel: its EQ, its CQ and its response buffers.
+    Channel,
+    /// The event queue with this id.
+    Eq(u32),
+    /// The work queue object with this handle: its CQ, and the buffers of a receive queue.
+    Wq(u64),
+    /// The guest has its own rings overwritten, and nothing can be told any more.
+    Anybody,
+}
+
+/// Guest memory and its shadow.
+pub struct Ram {
+    memory: GuestMemoryMmap,
+    shadow: Box<[[u8; PAGE]; PAGES]>,
+    /// What of each page may differ from zero.
+    touched: [Range<usize>; PAGES],
+    grants: Vec<(Holder, Range<u64>)>,
+}
+
+impl Default for Ram {
+    fn default() -> Self {
+        let ranges = STRETCHES.map(|(start, pages)| (GuestAddress(start), pages * PAGE));
+        Self {
+            memory: GuestMemoryMmap::from_ranges(&ranges).expect("the host has memory for the guest"),
+            shadow: vec![[0; PAGE]; PAGES].try_into().expect("as many pages"),
+            touched: std::array::from_fn(|_| UNTOUCHED),
+            grants: Vec::new(),
+        }
+    }
+}
+
+/// Wider than this is everything.
+const UNTOUCHED: Range<usize> = Range { start: PAGE, end: 0 };
+
+fn widen(range: &mut Range<usize>, by: Range<usize>) {
+    *range = range.start.min(by.start)..range.end.max(by.end);
+}
+
+impl Ram {
+    /// The memory, for the card.
+    pub fn mmap(&self) -> GuestMemoryMmap {
+        self.memory.clone()
+    }
+    /// The driver writes; what is not RAM is lost.
+    pub fn write(&mut self, mut address: u64, mut bytes: &[u8]) {
+        while let (Some(index), false) = (index_of(address), bytes.is_empty()) {
+            let at = address as usize % PAGE;
+            let (now, later) = bytes.split_at(bytes.len().min(PAGE - at));
+            self.memory.write_slice(now, GuestAddress(address)).expect("RAM");
+            self.shadow[index][at..at + now.len()].copy_from_slice(now);
+            widen(&mut self.touched[index], at..at + now.len());
+            address = address.wrapping_add(now.len() as u64);
+            bytes = later;
+        }
+    }
+    /// The driver clears the page at `address`, as it does before it gives it to the card as a ring.
+    pub fn clear(&mut self, address: u64) {
+        const ZERO: [u8; PAGE] = [0; PAGE];
+        if let Some(index) = index_of(address) {
+            let touched = self.touched[index].clone();
+            if !touched.is_empty() {
+                self.write(self::address(index) + touched.start as u64, &ZERO[touched]);
+            }
+        }
+    }
+    /// The driver reads, inside one page.
+    pub fn read<const N: usize>(&self, address: u64) -> [u8; N] {
+        let mut bytes = [0; N];
+        self.memory.read_slice(&mut bytes, GuestAddress(address)).expect("RAM");
+        bytes
+    }
+    /// The driver reads, wherever there is RAM; behind it stands 0.
+    pub fn read_into(&self, address: u64, bytes: &mut [u8]) {
+        // What could not be read stays as it was.
+        let _ = self.memory.read_slice(bytes, GuestAddress(address));
+    }
+    /// From now on the card may write to `range`.
+    pub fn grant(&mut self, holder: Holder, range: Range<u64>) {
+        self.grants.push((holder, range));
+    }
+    /// From now on anything can happen: the guest has given away a ring that the card reads.
+    pub fn grant_all(&mut self) {
+        if !self.is_lost() {
+            self.grants.insert(0, (Holder::Anybody, 0..u64::MAX));
+        }
+    }
+    /// [`grant_all`](Self::grant_all) was called.
+    pub fn is_lost(&self) -> bool {
+        self.grants.first().is_some_and(|(holder, _)| *holder == Holder::Anybody)
+    }
+    /// Whether any byte of `range` is granted.
+    pub fn is_granted(&self, range: &Range<u64>) -> bool {
+        self.grants.iter().any(|(_, granted)| granted.start < range.end && range.start < granted.end)
+    }
+    /// What `ends` picks is the card's no more.
+    ///
+    /// # Panics
+    /// It wrote where it had no business.
+    pub fn revoke(&mut self, ends: impl Fn(Holder) -> bool) {
+        let mut pages = 0_u32;
+        for (_, range) in self.grants.iter().filter(|(holder, _)| ends(*holder)) {
+            for index in 0..PAGES {
+                let page = address(index);
+                pages |= u32::from(page < range.end && range.start < page + PAGE as u64) << index;
+            }
+        }
+        (0..PAGES).filter(|index| pages & 1 << index != 0).for_each(|index| self.check_page(index));
+        self.grants.retain(|(holder, _)| !ends(*holder));
+    }
+    /// Look at all of memory.
+    ///
+    /// # Panics
+    /// The card wrote where it had no business.
+    pub fn check(&mut self) {
+        (0..PAGES).for_each(|index| self.check_page(index));
+    }
+    fn check_page(&mut self, index: usize) {
+        let now: [u8; PAGE] = self.read(address(index));
+        if now == self.shadow[index] {
+            return;
+        }
+        for (line, at) in now.chunks(64).zip((0..).step_by(64)) {
+            let known = &self.shadow[index][at..at + 64];
+            if line == known {
+                continue;
+            }
+            for (offset, _) in line.iter().zip(known).enumerate().filter(|(_, (new, old))| new != old) {
+                let byte = address(index) + (at + offset) as u64;
+                let granted = self.grants.iter().any(|(_, range)| range.contains(&byte));
+                assert!(
+                    granted,
+                    "the card wrote to {byte:#x}, which nobody had granted it: {:x?}",
+                    self.grants
+                );
+            }
+            self.shadow[index][at..at + 64].copy_from_slice(line);
+            widen(&mut self.touched[index], at..at + 64);
+        }
+    }
+    /// Zero everywhere and nothing granted. [`check`](Self::check) first: what the card wrote unseen would stay.
+    pub fn reset(&mut self) {
+        const ZERO: [u8; PAGE] = [0; PAGE];
+        for (index, touched) in self.touched.iter_mut().enumerate().filter(|(_, touched)| touched.end > 0) {
+            let zero = &ZERO[touched.clone()];
+            let start = address(index) + touched.start as u64;
+            self.memory.write_slice(zero, GuestAddress(start)).expect("RAM");
+            self.shadow[index][touched.clone()].copy_from_slice(zero);
+            *touched = UNTOUCHED;
+        }
+        self.grants.clear();
+    }
+    /// A number that any difference in memory changes, page `except` left out.
+    pub fn digest(&self, except: usize) -> u64 {
+        let pages = (0..PAGES).filter(|&index| index != except);
+        pages.fold(0, |sum, index| super::digest(sum, &self.read::<PAGE>(address(index))))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_page_has_its_address() {
+        for index in 0..PAGES {
+            assert_eq!(index_of(address(index)), Some(index));
+            assert_eq!(index_of(address(index) + 4095), Some(index));
+        }
+        assert_eq!(index_of(0), None);
+        assert_eq!(index_of(address(19) + 4096), None);
+    }
+
+    #[test]
+    fn only_granted_writes_pass() {
+        let mut ram = Ram::default();
+        ram.write(address(3) + 4090, &[1; 12]);
+        ram.check();
+        ram.grant(Holder::Eq(1), address(5)..address(5) + 16);
+        ram.memory.write_slice(&[2; 16], GuestAddress(address(5))).unwrap();
+        ram.revoke(|holder| holder == Holder::Eq(1));
+        ram.check();
+        ram.memory.write_slice(&[2; 17], GuestAddress(address(5))).unwrap();
+        assert!(std::panic::catch_unwind(move || ram.check()).is_err());
+    }
+
+    #[test]
+    fn a_reset_leaves_nothing() {
+        let (mut ram, fresh) = (Ram::default(), Ram::default());
+        ram.write(address(15) + 4000, &[1; 200]);
+        ram.grant_all();
+        ram.memory.write_slice(&[7; 4096], GuestAddress(address(20))).unwrap();
+        ram.check();
+        assert_ne!(ram.digest(PAGES), fresh.digest(PAGES));
+        ram.reset();
+        assert_eq!(ram.digest(PAGES), fresh.digest(PAGES));
+        ram.check();
+    }
+}
