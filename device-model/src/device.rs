@@ -11,7 +11,7 @@ use crate::counters::Counters;
 use crate::dma::Dma;
 use crate::doors::{Clock, Memory, MsiSink, Port, RxFrame, Waker, Work};
 use crate::firmware::Firmware;
-use crate::host::{Answer, Words};
+use crate::host::{Answer, Fate, HELD, Point, Words, strike_register, strike_smc};
 use crate::observe::{Event, Fields, Observer, Tracer};
 use crate::pci::config_space::ConfigSpace;
 use crate::pci::msix::Msix;
@@ -19,8 +19,10 @@ use crate::queues::{Core, Limits, Queues};
 use crate::rules::Rules;
 use crate::smc::Window;
 use crate::sync::lock;
+use crate::timers::{Timer, Timers};
 use crate::vport::Vport;
-use crate::{rx, tx};
+use crate::wire::smc::Header;
+use crate::{rx, smc, tx};
 
 /// What the device is given to reach the world with.
 pub struct Host {
@@ -121,6 +123,7 @@ impl ManaDevice {
         let msix =
             Msix::new(config.msix_table_size, msi, bus_master.clone(), tracer.clone(), counters.clone());
         let dma = Dma::new(memory, bus_master.clone());
+        let limits = Limits::of(&config);
         let core = Arc::new(Core {
             tracer,
             counters,
@@ -129,8 +132,9 @@ impl ManaDevice {
             msix,
             waker,
             host: Arc::default(),
+            timers: Timers::new(limits.timers()),
         });
-        let queues = Queues::new(core.clone(), Limits::of(&config));
+        let queues = Queues::new(core.clone(), limits);
         let vports = config.vports.iter().zip(ports);
         let vports = vports.map(|(vport, port)| Vport::new(vport.mac, port, config.mtu)).collect();
         let power_on = ConfigSpace::new(&config, config.bars());
@@ -221,6 +225,9 @@ impl ManaDevice {
     }
     fn read_registers(&self, offset: u64, data: &mut [u8]) {
         self.layout.read_registers(offset as u32, data);
+        if self.card.core.host.watches(Point::Reg) {
+            strike_register(&self.card.core, offset, data);
+        }
         self.card.core.tracer.emit(|| {
             let mut value = [0; 8];
             value.iter_mut().zip(&*data).for_each(|(to, from)| *to = *from);
@@ -253,6 +260,41 @@ impl ManaDevice {
     fn write_window(&self, at: u32, data: &[u8]) {
         let mut window = lock(&self.window);
         if let Some(request) = window.write(at, data) {
+            if self.card.core.host.watches(Point::Smc) {
+                return self.answer_struck(&mut window, request);
+            }
+            let status = lock(&self.firmware).shared_memory(&self.card, &request);
+            window.respond(request.header.response(status));
+        }
+    }
+    /// As the faults of the simulated host want it: late, never, or with another answer.
+    #[cold]
+    fn answer_struck(&self, window: &mut Window, request: smc::Request) {
+        let fine = request.header.response(0).0;
+        let mut header = fine;
+        let kind = request.header.kind().name();
+        let Fate { copies, later, status, lost } = strike_smc(&self.card.core, kind, &mut header);
+        if let Some(&due_ns) = later.first() {
+            window.keep(Some((due_ns, request)));
+            if due_ns != HELD {
+                self.card.core.add_timer(due_ns, Timer::Host);
+            }
+            return;
+        }
+        if copies == 0 && !lost {
+            return window.keep(None);
+        }
+        let done = || lock(&self.firmware).shared_memory(&self.card, &request);
+        let status = status.map_or_else(done, |status| status as u8);
+        if lost {
+            return window.keep(None);
+        }
+        window.respond(Header(request.header.response(status).0 ^ fine ^ header));
+    }
+    /// Serve what the simulated host has kept waiting in the shared-memory channel until `now_ns`.
+    fn serve_kept(&self, now_ns: u64) {
+        let mut window = lock(&self.window);
+        if let Some(request) = window.take_kept(now_ns) {
             let status = lock(&self.firmware).shared_memory(&self.card, &request);
             window.respond(request.header.response(status));
         }
@@ -272,7 +314,9 @@ impl ManaDevice {
     }
     /// Do what has come due; the answer is the next deadline on the [`Clock`], if there is one.
     pub fn run_timers(&self) -> Option<u64> {
-        self.card.queues.run_timers()
+        let next = self.card.queues.run_timers();
+        self.serve_kept(self.card.core.tracer.now_ns());
+        next
     }
     /// Frames from the cable of vPort `port`, in order. Each is steered, written to guest memory and completed,
     /// or dropped and counted; the answer is how many were not dropped.
@@ -329,10 +373,16 @@ impl ManaDevice {
     pub fn control<W: AsRef<str>>(&self, words: &[W]) -> Result<Answer, String> {
         let words = Words::parse(words)?;
         let plan = &self.card.core.host;
-        if let Some(done) = plan.execute(&words) {
+        if let Some(done) = plan.execute(&words, self.card.core.tracer.now_ns()) {
             match &words {
                 Words::Mark(name) => self.card.core.tracer.emit(|| Event::Mark { name: name.clone() }),
-                Words::Clear(None) if done.is_ok() => lock(&self.firmware).heal(&self.card),
+                Words::Clear(None) if done.is_ok() => {
+                    self.serve_kept(HELD);
+                    lock(&self.window).release();
+                    lock(&self.firmware).heal(&self.card);
+                    self.card.queues.run_host(self.card.core.tracer.now_ns());
+                }
+                Words::Raise(_) => self.card.queues.run_host(self.card.core.tracer.now_ns()),
                 _ => {}
             }
             return done;

@@ -267,16 +267,22 @@ impl Hwc {
             let fields = parsed.as_ref().map(Command::fields).unwrap_or_default();
             Event::HwcRequest { seq, command, code, version, fields }
         });
-        card.core.host.count_command();
+        if card.core.host.count_command(|| tracer.now_ns()) {
+            card.queues.run_host(tracer.now_ns());
+        }
         let hits = match card.core.host.watches(Point::Command) {
             true => faults::strike(card, code, command, seq),
             false => Vec::new(),
         };
-        let result = faults::refusal(&hits).map_or(parsed, Err).and_then(|parsed| {
+        let refusal = faults::refusal(&hits);
+        let is_refused = refusal.is_some();
+        let result = refusal.map_or(parsed, Err).and_then(|parsed| {
             let origin = Origin { seq, code };
             parsed.execute(&mut Context { card, objects, memory: ram.memory(), origin })
         });
-        if let Err(error) = &result {
+        if let Err(error) = &result
+            && !is_refused
+        {
             let unknown = error.status == Status::Unsupported;
             let counter =
                 if unknown { &counters.hwc_unknown_commands } else { &counters.hwc_failed_commands };

@@ -18,7 +18,7 @@ use crate::count;
 use crate::counters::Counters;
 use crate::dma::{Dma, GuestRam};
 use crate::doors::{Waker, Work};
-use crate::host::Plan;
+use crate::host::{CqeStrikes, HELD, Later, Plan, Point, strike_event, strike_interrupt};
 use crate::observe::{Event, QueueKind, Tracer};
 use crate::pci::msix::Msix;
 use crate::ring::{CompletionQueue, EventQueue, Moderation, Notify, PostError, Rung, WorkQueue, Wqe};
@@ -52,6 +52,8 @@ pub struct Core {
     pub waker: Arc<dyn Waker>,
     /// What the simulated host does wrong.
     pub host: Arc<Plan>,
+    /// Deadlines.
+    pub timers: Timers,
 }
 
 impl Core {
@@ -59,6 +61,30 @@ impl Core {
     pub fn broken(&self, rule: Rule, detail: impl FnOnce() -> String) {
         self.counters.rule_violations.bump();
         self.rules.broken(&self.tracer, rule, detail);
+    }
+    /// Have `timer` come due at `at_ns`.
+    pub fn add_timer(&self, at_ns: u64, timer: Timer) {
+        if self.timers.add(at_ns, timer) {
+            self.waker.wake(Work::Timers);
+        }
+    }
+    /// The simulated host wants `what` to come at `due_ns`, or when its faults are cleared.
+    #[cold]
+    pub fn put_off(&self, due_ns: u64, what: Later) {
+        if !self.host.put_off(due_ns, what) {
+            count!(self.counters.events_lost, "too much waits for its time: {what} is lost");
+        } else if due_ns != HELD {
+            self.add_timer(due_ns, Timer::Host);
+        }
+    }
+    /// Interrupt on `vector`.
+    #[inline]
+    fn interrupt(&self, vector: u16) {
+        let copies = match self.host.watches(Point::Msix) {
+            false => 1,
+            true => strike_interrupt(self, vector),
+        };
+        (0..copies).for_each(|_| self.msix.signal(vector));
     }
 }
 
@@ -190,6 +216,10 @@ impl Limits {
     pub fn wqs(&self) -> u32 {
         self.sqs + self.rqs
     }
+    /// Deadlines that there can be: each queue has one at a time.
+    pub fn timers(&self) -> usize {
+        (self.cqs + self.sqs) as usize
+    }
 }
 
 /// Every queue of the function.
@@ -201,7 +231,6 @@ pub struct Queues {
     sqs: Box<[Slot<WqObject>]>,
     /// Doorbells only: the rings are with the receive sides of their vPorts.
     rqs: Box<[Slot<()>]>,
-    timers: Timers,
 }
 
 fn slots<Q>(count: u32) -> Box<[Slot<Q>]> {
@@ -225,9 +254,7 @@ impl Queues {
     /// No queues yet, room for `limits`.
     pub fn new(core: Arc<Core>, limits: Limits) -> Self {
         let Limits { eqs, cqs, sqs, rqs } = limits;
-        // Each queue has one deadline at a time.
-        let timers = Timers::new((cqs + sqs) as usize);
-        Self { core, limits, eqs: slots(eqs), cqs: slots(cqs), sqs: slots(sqs), rqs: slots(rqs), timers }
+        Self { core, limits, eqs: slots(eqs), cqs: slots(cqs), sqs: slots(sqs), rqs: slots(rqs) }
     }
     /// How many queues there can be.
     pub fn limits(&self) -> Limits {
@@ -264,6 +291,9 @@ impl Queues {
     ) -> Option<R> {
         let mut slot = self.cq(id)?.lock();
         let cq = slot.as_mut()?;
+        if self.core.host.watches(Point::Cqe) != cq.is_tampered() {
+            self.tamper(cq, id);
+        }
         let result = post(cq);
         let (notify, eq) = (cq.notification(|| self.core.tracer.now_ns()), cq.parent_eq());
         drop(slot);
@@ -271,6 +301,12 @@ impl Queues {
             self.post_event(ram, eq, EventEntry::Completion(id));
         }
         Some(result)
+    }
+    /// Faults for completions were set or cleared.
+    #[cold]
+    fn tamper(&self, cq: &mut CompletionQueue, id: u32) {
+        let strikes = || Box::new(CqeStrikes { core: self.core.clone(), cq: id }) as Box<_>;
+        cq.set_tamper((!cq.is_tampered()).then(strikes));
     }
     /// Whether completion queue `id` notifies now; later, if that is what `notify` says.
     #[inline]
@@ -282,26 +318,67 @@ impl Queues {
     }
     /// Have `timer` come due at `at_ns`.
     pub fn add_timer(&self, at_ns: u64, timer: Timer) {
-        if self.timers.add(at_ns, timer) {
-            self.core.waker.wake(Work::Timers);
-        }
+        self.core.add_timer(at_ns, timer);
     }
     /// Do what has come due; the answer is the next deadline.
     pub fn run_timers(&self) -> Option<u64> {
-        self.timers.begin();
+        let timers = &self.core.timers;
+        timers.begin();
         let now_ns = self.core.tracer.now_ns();
-        while let Some(timer) = self.timers.pop(now_ns) {
+        while let Some(timer) = timers.pop(now_ns) {
             match timer {
                 Timer::Moderation { cq } => self.expire(cq, now_ns),
                 Timer::Shaping { sq } => self.resume(sq),
-                Timer::Host => self.resume(HWC_QUEUE),
+                Timer::Host => {
+                    self.run_host(now_ns);
+                    // It may have put off a response.
+                    self.resume(HWC_QUEUE);
+                }
             }
         }
-        self.timers.earliest()
+        timers.earliest()
+    }
+    /// Do what the simulated host wants done by now.
+    pub fn run_host(&self, now_ns: u64) {
+        loop {
+            let due = self.core.host.take_due(now_ns);
+            if due.is_empty() {
+                break;
+            }
+            for what in due {
+                if self.with_ram(|ram| self.raise(ram, what)).is_none() {
+                    count!(self.core.counters.events_lost, "{what} is lost: bus mastering is off");
+                }
+            }
+        }
+        if let Some(due_ns) = self.core.host.earliest() {
+            self.core.add_timer(due_ns, Timer::Host);
+        }
+    }
+    /// Do `what` now, whatever faults are set.
+    pub fn raise(&self, ram: &GuestRam<'_>, what: Later) {
+        let done = match what {
+            Later::Event { eq, eqe } => {
+                self.core.tracer.emit(|| Event::HostEvent { detail: what.to_string() });
+                self.post_whole_event(ram, eq, EventEntry::Raw(eqe))
+            }
+            Later::Completion { cq, cqe } => {
+                let post = |queue: &mut CompletionQueue| queue.post_raw(&queue.view(ram), &cqe).is_ok();
+                self.complete(ram, cq, post) == Some(true)
+            }
+            Later::Interrupt { vector } => {
+                self.core.msix.signal(vector);
+                true
+            }
+        };
+        if !done {
+            count!(self.core.counters.events_lost, "{what} is lost: there is nobody to take it");
+        }
     }
     /// Nothing is to be done later any more.
     pub fn clear_timers(&self) {
-        self.timers.clear();
+        self.core.timers.clear();
+        self.core.host.forget_put_off();
     }
     /// The wait of completion queue `id` is over.
     fn expire(&self, id: u32, now_ns: u64) {
@@ -321,6 +398,14 @@ impl Queues {
     /// Post `event` to event queue `id` and interrupt if it is armed. `false` if there is no such queue or the event
     /// is lost; that is counted.
     pub fn post_event(&self, ram: &GuestRam<'_>, id: u32, event: EventEntry) -> bool {
+        if !self.core.host.watches(Point::Eqe) {
+            return self.post_whole_event(ram, id, event);
+        }
+        let (eqe, copies) = strike_event(&self.core, id, event.entry());
+        (0..copies).all(|_| self.post_whole_event(ram, id, EventEntry::Raw(eqe)))
+    }
+    /// As [`post_event`](Self::post_event), whatever faults are set.
+    fn post_whole_event(&self, ram: &GuestRam<'_>, id: u32, event: EventEntry) -> bool {
         let Some(slot) = self.eq(id) else { return false };
         let mut queue = slot.lock();
         let Some(eq) = queue.as_mut() else { return false };
@@ -331,7 +416,7 @@ impl Queues {
             Ok(interrupt) => {
                 self.core.tracer.emit(|| Event::Eqe { eq: id, kind: event.kind() });
                 if interrupt {
-                    self.core.msix.signal(vector);
+                    self.core.interrupt(vector);
                 }
                 true
             }
@@ -434,7 +519,7 @@ impl Queues {
         drop(queue);
         self.rung(QueueKind::Eq, id, tail, rung, held);
         if interrupt {
-            self.core.msix.signal(vector);
+            self.core.interrupt(vector);
         }
         true
     }

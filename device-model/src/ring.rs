@@ -331,6 +331,29 @@ pub struct CompletionQueue {
     due_ns: Option<u64>,
     /// Somebody will call [`expire`](Self::expire).
     timed: bool,
+    /// Changes what is posted.
+    tamper: Option<Box<dyn Tamper>>,
+}
+
+impl std::fmt::Debug for dyn Tamper {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "Tamper")
+    }
+}
+
+/// Has its way with completions before they are posted.
+pub trait Tamper: Send {
+    /// What is to be posted for `cqe`. Called with the queue's lock held.
+    fn tamper(&self, cqe: Cqe) -> Posted;
+}
+
+/// A completion as it is posted.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Posted {
+    /// The completion. Owner bits that are set turn the ring's over.
+    pub cqe: Cqe,
+    /// How often.
+    pub copies: usize,
 }
 
 impl CompletionQueue {
@@ -353,6 +376,7 @@ impl CompletionQueue {
             moderation: Moderation::default(),
             due_ns: None,
             timed: false,
+            tamper: None,
         }
     }
     /// Moderate notifications as `moderation` says.
@@ -403,13 +427,42 @@ impl CompletionQueue {
         wq: u32,
         is_sq: bool,
     ) -> Result<(), PostError> {
+        if self.tamper.is_some() {
+            return self.post_tampered(view, Cqe { data: *data, info: Cqe::info(wq, is_sq).into() });
+        }
+        self.write(view, data, Cqe::info(wq, is_sq))
+    }
+    #[inline]
+    fn write(&mut self, view: &RingView<'_, '_>, data: &[u8; Cqe::DATA], info: u32) -> Result<(), PostError> {
         if self.cursor.outstanding() >= self.capacity() {
             return Err(PostError::Full);
         }
         let (slot, owner) = self.cursor.next();
-        self.memory.publish(view, slot * size_of::<Cqe>() as u32, data, Cqe::info(wq, is_sq) | owner)?;
+        self.memory.publish(view, slot * size_of::<Cqe>() as u32, data, info ^ owner)?;
         self.cursor.advance();
         Ok(())
+    }
+    #[cold]
+    fn post_tampered(&mut self, view: &RingView<'_, '_>, cqe: Cqe) -> Result<(), PostError> {
+        let whole = Posted { cqe, copies: 1 };
+        let Posted { cqe, copies } = self.tamper.as_ref().map_or(whole, |tamper| tamper.tamper(cqe));
+        (0..copies).try_for_each(|_| self.post_raw(view, &cqe))
+    }
+    /// Post `cqe` as it is; owner bits that are set turn the ring's over.
+    ///
+    /// # Errors
+    /// As [`post`](Self::post).
+    pub fn post_raw(&mut self, view: &RingView<'_, '_>, cqe: &Cqe) -> Result<(), PostError> {
+        self.write(view, &cqe.data, cqe.info.get())
+    }
+    /// Somebody changes what is posted.
+    #[inline]
+    pub fn is_tampered(&self) -> bool {
+        self.tamper.is_some()
+    }
+    /// `tamper` changes what is posted from now on.
+    pub fn set_tamper(&mut self, tamper: Option<Box<dyn Tamper>>) {
+        self.tamper = tamper;
     }
     /// As [`post`](Self::post) for a completion that no WQE stands for (the receive fence): while no slot is known
     /// to be [`free`](Self::free) it is kept, and posted when the driver has taken entries.
@@ -554,7 +607,7 @@ impl EventQueue {
     fn write(&mut self, view: &RingView<'_, '_>, eqe: Eqe) -> Result<(), PostError> {
         let (slot, owner) = self.cursor.next();
         let details: [u8; Eqe::DETAILS] = zerocopy::transmute!(eqe.details);
-        self.memory.publish(view, slot * size_of::<Eqe>() as u32, &details, eqe.info.get() | owner)?;
+        self.memory.publish(view, slot * size_of::<Eqe>() as u32, &details, eqe.info.get() ^ owner)?;
         self.cursor.advance();
         Ok(())
     }

@@ -22,6 +22,8 @@ const HEADER: usize = SIZE - size_of::<u32>();
 #[derive(Debug, Default)]
 pub struct Window {
     bytes: [u8; SIZE],
+    /// A request that the simulated host lets wait, and when it is served.
+    kept: Option<(u64, Request)>,
 }
 
 /// A request, as it stood in the window when its last dword was written.
@@ -45,6 +47,21 @@ impl Window {
         to.iter_mut().zip(data).for_each(|(to, from)| *to = *from);
         let complete = offset as usize + data.len() == SIZE;
         complete.then(|| Request { header: Header(self.header()), window: self.bytes })
+    }
+    /// The card keeps the window, and `kept`, if there is something, until its time.
+    pub fn keep(&mut self, kept: Option<(u64, Request)>) {
+        self.kept = kept;
+        self.respond(Header(self.header() | Header::CARD_OWNS));
+    }
+    /// The request whose time has come at `now_ns`.
+    pub fn take_kept(&mut self, now_ns: u64) -> Option<Request> {
+        self.kept.take_if(|(due_ns, _)| *due_ns <= now_ns).map(|(_, request)| request)
+    }
+    /// The driver gets the window back, if nothing is kept; its request stays without an answer.
+    pub fn release(&mut self) {
+        if self.kept.is_none() {
+            self.respond(Header(self.header() & !Header::CARD_OWNS));
+        }
     }
     fn header(&self) -> u32 {
         let mut word = [0; 4];

@@ -29,6 +29,10 @@ impl Point {
         ("msix", Self::Msix),
         ("reg", Self::Reg),
     ];
+    /// The word for it.
+    pub(super) fn name(self) -> &'static str {
+        Self::NAMED.into_iter().find(|(_, point)| *point == self).map_or("any", |(name, _)| name)
+    }
 }
 
 /// Something that a fault may strike.
@@ -36,7 +40,7 @@ impl Point {
 pub struct Place {
     /// What it is.
     pub point: Point,
-    /// Commands: the code; else 0.
+    /// Commands: the code; events: the type; else 0.
     pub code: u32,
     /// Events and completions: the queue's id; interrupts: the vector; register reads: the offset.
     pub queue: u32,
@@ -46,6 +50,10 @@ impl Place {
     /// The command `code`.
     pub fn command(code: u32) -> Self {
         Self { point: Point::Command, code, queue: 0 }
+    }
+    /// A `point` of `queue`.
+    pub fn of(point: Point, queue: u32) -> Self {
+        Self { point, code: 0, queue }
     }
 }
 
@@ -103,7 +111,7 @@ pub(super) const NS_PER_MS: u64 = 1_000_000;
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Matcher {
     pub point: Point,
-    /// Commands: only this code.
+    /// Commands: only this code; events: only this type.
     pub code: Option<u32>,
     /// Only of this queue, vector or offset.
     pub queue: Option<u32>,

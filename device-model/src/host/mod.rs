@@ -9,12 +9,16 @@
 
 mod answer;
 mod fault;
+mod later;
 mod plan;
 mod random;
+mod strike;
 pub mod words;
 
 pub use answer::{Answer, Value};
 pub(crate) use fault::{Action, Edit, Place, Point};
+pub(crate) use later::{HELD, Later};
 pub(crate) use plan::{Hit, Plan};
 pub(crate) use random::Random;
+pub(crate) use strike::{CqeStrikes, Fate, strike_event, strike_interrupt, strike_register, strike_smc};
 pub(crate) use words::{LENGTH, Words, locate};

@@ -1,9 +1,10 @@
 //! All faults that are set.
 
 use std::sync::Mutex;
-use std::sync::atomic::{AtomicU8, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU64, Ordering};
 
 use super::fault::{Action, Fault, Place, Point};
+use super::later::{Agenda, Later, Scheduled};
 use crate::sync::lock;
 
 /// Most faults at a time.
@@ -27,6 +28,8 @@ pub struct Hit {
 pub struct Plan {
     /// A bit for each [`Point`] that a fault watches.
     watched: AtomicU8,
+    /// Events wait for commands.
+    counting: AtomicBool,
     commands: AtomicU64,
     state: Mutex<State>,
 }
@@ -37,6 +40,7 @@ struct State {
     last_id: u64,
     /// Strikes of faults that are gone.
     old_hits: u64,
+    agenda: Agenda,
 }
 
 impl Plan {
@@ -86,7 +90,10 @@ impl Plan {
         }
         match id {
             Some(_) => state.old_hits += hits,
-            None => hits += std::mem::take(&mut state.old_hits),
+            None => {
+                hits += std::mem::take(&mut state.old_hits);
+                state.agenda.heal();
+            }
         }
         self.watch(&state);
         Some(hits)
@@ -96,13 +103,57 @@ impl Plan {
         let state = lock(&self.state);
         state.faults.iter().map(|(id, fault)| (*id, fault.text.clone(), fault.hits)).collect()
     }
+    /// `what` comes at `due_ns`; `false` if too much waits already.
+    #[must_use]
+    pub fn put_off(&self, due_ns: u64, what: Later) -> bool {
+        lock(&self.state).agenda.put_off(due_ns, what)
+    }
+    /// Take what is due at `now_ns`.
+    pub fn take_due(&self, now_ns: u64) -> Vec<Later> {
+        lock(&self.state).agenda.take_due(now_ns)
+    }
+    /// When something is due next.
+    pub fn earliest(&self) -> Option<u64> {
+        lock(&self.state).agenda.earliest()
+    }
+    /// All queues are gone, and what was put off with them.
+    pub fn forget_put_off(&self) {
+        lock(&self.state).agenda.forget();
+    }
+    /// Raise `event` when it is due; the answer is its id.
+    pub(super) fn schedule(&self, event: Scheduled) -> Option<u64> {
+        let mut state = lock(&self.state);
+        let id = state.agenda.schedule(event);
+        self.watch(&state);
+        id
+    }
+    /// Ids, words, and how many are to come, of each event.
+    pub(super) fn events(&self) -> Vec<(u64, String, u64)> {
+        lock(&self.state).agenda.events()
+    }
+    /// Take event `id` back, or all; `false` if there is none.
+    pub(super) fn stop(&self, id: Option<u64>) -> bool {
+        let mut state = lock(&self.state);
+        let stopped = state.agenda.stop(id);
+        self.watch(&state);
+        stopped
+    }
     fn watch(&self, state: &State) {
+        self.counting.store(state.agenda.counts_commands(), Ordering::SeqCst);
         let bits = state.faults.iter().fold(0, |bits, (_, fault)| bits | 1 << fault.matcher.point as u8);
         self.watched.store(bits, Ordering::SeqCst);
     }
-    /// A command has come.
-    pub fn count_command(&self) {
+    /// A command has come at `now_ns`. `true` if that may have made events due.
+    #[must_use]
+    pub fn count_command(&self, now_ns: impl FnOnce() -> u64) -> bool {
         self.commands.fetch_add(1, Ordering::Relaxed);
+        let counting = self.counting.load(Ordering::Relaxed);
+        if counting {
+            let mut state = lock(&self.state);
+            state.agenda.command(now_ns());
+            self.watch(&state);
+        }
+        counting
     }
     /// Commands since the last mark.
     pub fn commands(&self) -> u64 {

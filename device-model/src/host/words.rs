@@ -5,20 +5,35 @@
 //! | `fault add command=WHAT [nth=N] [count=M\|all] [queue=ID] do=ACTION` | `fault`: its id |
 //! | `fault list` | `faults`: id, text and hits of each |
 //! | `fault clear [ID]` | `hits`: how often it struck, or all since the last `fault clear` |
+//! | `event TYPE [port=N] [value=N] [eq=ID] [after=MS] [every=MS] [count=N] [at-command=N]` | `event`: its id |
+//! | `event list` | `events`: id, text and how many are to come of each |
+//! | `event stop [ID]` | nothing |
 //! | `mark NAME` | nothing; the name goes into the trace, and commands are counted from here |
 //! | `commands` | `commands`: commands of the hardware channel since the mark |
 //! | `ledger`, `counters`, `rules` | live objects, counters, broken rules by name |
 //!
-//! WHAT is the driver's name of a command, its code (`0x20001`), or `any` for every command. `nth` counts what matches
+//! WHAT is the driver's name of a command, its code (`0x20001`), or `any` for every command; or `smc` (a request in the
+//! shared-memory channel), `eqe` (an event, with `type=N` only of that type), `cqe` (a completion), `msix` (an interrupt),
+//! `reg` (a read of BAR0's registers). `queue` is the event or completion queue's id, the vector, or the register's
+//! offset. `nth` counts what matches
 //! from when the fault is set: 1, the default, is the next one. From then on `count` are struck, 1 if not given.
 //!
 //! ACTION is `status:STATUS`, `drop`, `lose` (done, but the answer gets lost), `delay:MS`, `hold` (until the faults are
-//! cleared), `duplicate`, `edit:FIELD=VALUE`, `corrupt:SEED` or `event:TYPE`.
+//! cleared), `duplicate`, `edit:FIELD=VALUE`, `corrupt:SEED` or `event:TYPE`. `fault clear` without an id heals the host:
+//! what was held comes, and events that were to come do not.
+//!
+//! TYPE is a number, or `fpga-reconfig` (132), `hwc-timeout` (133, `value` in ms), `link-up`, `link-down` (133, of `port`),
+//! `rdma-suspend`, `rdma-resume` (134), `reset` (135), `qp-fatal` (176, `value` is the QP); the `value` of others stands in
+//! the event's first word. It comes on event queue `eq`, by default the hardware channel's, `after` so long from now or
+//! from the `at-command`-th command on, which it precedes; `count` of them, `every` so long, by default at once.
 
 use super::answer::Answer;
 use super::fault::{Action, Edit, Fault, Matcher, NS_PER_MS, Point};
+use super::later::{Scheduled, eqe};
 use super::plan::Plan;
+use super::strike;
 use crate::command;
+use crate::queues::HWC_QUEUE;
 use crate::wire::hwc::{self, MAX_MESSAGE};
 
 /// What is asked of the host.
@@ -30,6 +45,12 @@ pub(crate) enum Words {
     List,
     /// Take a fault back, or all.
     Clear(Option<u64>),
+    /// Raise an event.
+    Raise(Scheduled),
+    /// Show the events that are to come.
+    Events,
+    /// Take an event back, or all.
+    Stop(Option<u64>),
     /// Name this moment.
     Mark(String),
     /// How many commands since the mark?
@@ -58,6 +79,11 @@ impl Words {
             ["fault", "clear"] => Ok(Self::Clear(None)),
             ["fault", "clear", id] => Ok(Self::Clear(Some(number("fault clear", id)?))),
             ["fault", ..] => Err("`fault` wants add, list, or clear with at most one id".into()),
+            ["event", "list"] => Ok(Self::Events),
+            ["event", "stop"] => Ok(Self::Stop(None)),
+            ["event", "stop", id] => Ok(Self::Stop(Some(number("event stop", id)?))),
+            ["event", kind, rest @ ..] => event(kind, rest).map(Self::Raise),
+            ["event"] => Err(format!("`event` wants list, stop, {TYPES}")),
             ["mark", name] => Ok(Self::Mark((*name).to_owned())),
             ["mark", ..] => Err("`mark` wants one name".into()),
             ["commands"] => Ok(Self::Commands),
@@ -67,9 +93,9 @@ impl Words {
             [only @ ("commands" | "ledger" | "counters" | "rules"), ..] => {
                 Err(format!("`{only}` wants nothing behind it"))
             }
-            [other, ..] => {
-                Err(format!("there is no `{other}`, but fault, mark, commands, ledger, counters and rules"))
-            }
+            [other, ..] => Err(format!(
+                "there is no `{other}`, but fault, event, mark, commands, ledger, counters and rules"
+            )),
             [] => Err("there are no words".into()),
         }
     }
@@ -93,9 +119,9 @@ fn at_most<T: TryFrom<u64>>(name: &str, text: &str, most: u64) -> Result<T, Stri
 
 /// What stands behind `fault add`.
 fn fault(words: &[&str]) -> Result<Fault, String> {
-    const KEYS: &str = "command, nth, count, queue and do";
+    const KEYS: &str = "command, type, nth, count, queue and do";
     let (mut at, mut action) = (None, None);
-    let (mut skip, mut count, mut queue) = (0, 1, None);
+    let (mut skip, mut count, mut queue, mut kind) = (0, 1, None, None);
     let mut known: Vec<&str> = Vec::new();
     for word in words {
         let (key, value) = word
@@ -113,6 +139,7 @@ fn fault(words: &[&str]) -> Result<Fault, String> {
             }
             "count" if value == "all" => count = u64::MAX,
             "count" => count = number(key, value).map_err(|error| format!("{error}, nor `all`"))?,
+            "type" => kind = Some(at_most(key, value, u8::MAX.into())?),
             "queue" => queue = Some(at_most(key, value, u32::MAX.into())?),
             "do" => action = Some(value),
             _ => return Err(format!("there is no `{key}` here, but {KEYS}")),
@@ -123,10 +150,21 @@ fn fault(words: &[&str]) -> Result<Fault, String> {
     if point == Point::Command && queue.is_some() {
         return Err("queue is for events and completions: commands have one queue".into());
     }
+    if point != Point::Eqe && kind.is_some() {
+        return Err("type is for command=eqe".into());
+    }
     let action = self::action(action.ok_or("`fault add` needs do=ACTION")?)?;
     check(point, code, &action)?;
     let text = words.join(" ");
-    Ok(Fault { matcher: Matcher { point, code, queue }, skip, count, action, text, seen: 0, hits: 0 })
+    Ok(Fault {
+        matcher: Matcher { point, code: code.or(kind), queue },
+        skip,
+        count,
+        action,
+        text,
+        seen: 0,
+        hits: 0,
+    })
 }
 
 /// The value of `command`: where a fault strikes, and which command.
@@ -143,7 +181,7 @@ fn what(text: &str) -> Result<(Point, Option<u32>), String> {
     match number("command", text) {
         Ok(code) => Ok((Point::Command, Some(u32::try_from(code).map_err(|_| "a code has 32 bits")?))),
         Err(_) => Err(format!(
-            "command must be a command's name such as {}, its code, or any, not `{text}`",
+            "command must be a command's name such as {}, its code, any, smc, eqe, cqe, msix or reg, not `{text}`",
             command::name(0x2).unwrap_or_default()
         )),
     }
@@ -185,9 +223,67 @@ fn action(text: &str) -> Result<Action, String> {
 fn check(point: Point, code: Option<u32>, action: &Action) -> Result<(), String> {
     match (point, action) {
         (Point::Command, Action::Edit(edit)) => locate(code, &edit.field).map(drop),
-        (Point::Command, _) => Ok(()),
-        (point, action) => Err(format!("do={action} can't be done at {point:?}").to_lowercase()),
+        (point, Action::Edit(edit)) => strike::field(point, &edit.field).map(drop),
+        (Point::Command, _)
+        | (Point::Smc, Action::Status(..=0xff) | Action::Lose)
+        | (Point::Smc | Point::Eqe | Point::Cqe | Point::Msix, Action::Delay(_) | Action::Hold)
+        | (Point::Smc | Point::Eqe | Point::Cqe | Point::Reg, Action::Corrupt(_))
+        | (Point::Eqe | Point::Cqe | Point::Msix, Action::Duplicate)
+        | (_, Action::Drop | Action::Event(_)) => Ok(()),
+        (point, action) => Err(format!("do={action} can't be done to command={}", point.name())),
     }
+}
+
+const TYPES: &str = "or a type: a number, fpga-reconfig, hwc-timeout, link-up, link-down, rdma-suspend, rdma-resume, \
+                     reset or qp-fatal";
+/// Most of one event.
+const MAX_EVENTS: u64 = 100_000;
+
+/// What stands behind `event`.
+fn event(kind: &str, words: &[&str]) -> Result<Scheduled, String> {
+    const KEYS: &str = "port, value, eq, after, every, count and at-command";
+    let text = std::iter::once(kind).chain(words.iter().copied()).collect::<Vec<_>>().join(" ");
+    let (kind, base) = match kind {
+        "fpga-reconfig" => (132, 0),
+        // The type in the upper 8 bits, the value in the lower 24 (`union hwc_init_type_data`).
+        "hwc-timeout" => (133, 1 << 24),
+        "link-up" => (133, 2 << 24),
+        "link-down" => (133, 3 << 24),
+        // The type in the upper 4 bits.
+        "rdma-suspend" => (134, 1 << 28),
+        "rdma-resume" => (134, 2 << 28),
+        "reset" => (135, 0),
+        "qp-fatal" => (176, 0),
+        other => (at_most("event", other, u8::MAX.into()).map_err(|error| format!("{error}, {TYPES}"))?, 0),
+    };
+    let (mut value, mut eq, mut commands) = (0, HWC_QUEUE, None);
+    let (mut after_ns, mut every_ns, mut left) = (0, 0, 1);
+    let mut known: Vec<&str> = Vec::new();
+    for word in words {
+        let (key, text) = word
+            .split_once('=')
+            .ok_or_else(|| format!("`{word}` is not of the form key=value; the keys are {KEYS}"))?;
+        let key = if key == "port" { "value" } else { key };
+        if known.contains(&key) {
+            return Err(format!("{key} is given twice"));
+        }
+        known.push(key);
+        let time = || Ok::<u64, String>(at_most::<u64>(key, text, MAX_DELAY_MS)? * NS_PER_MS);
+        match key {
+            "value" => value = at_most(key, text, if base == 0 { u32::MAX.into() } else { 0xff_ffff })?,
+            "eq" => eq = at_most(key, text, u32::MAX.into())?,
+            "after" => after_ns = time()?,
+            "every" => every_ns = time()?,
+            "count" => left = at_most(key, text, MAX_EVENTS)?,
+            "at-command" => commands = Some(at_most(key, text, u64::MAX)?),
+            _ => return Err(format!("there is no `{key}` here, but {KEYS}")),
+        }
+    }
+    if commands == Some(0) || left == 0 {
+        return Err("at-command and count must be 1 or more".into());
+    }
+    let eqe = eqe(kind, base | value);
+    Ok(Scheduled { eq, eqe, commands, after_ns, every_ns, left, due_ns: 0, text })
 }
 
 /// A field of the completion that brings a response.
@@ -220,7 +316,7 @@ pub(crate) fn locate(code: Option<u32>, field: &str) -> Result<std::ops::Range<u
 
 impl Plan {
     /// Do what concerns faults and marks; `None` for the rest.
-    pub(crate) fn execute(&self, words: &Words) -> Option<Result<Answer, String>> {
+    pub(crate) fn execute(&self, words: &Words, now_ns: u64) -> Option<Result<Answer, String>> {
         Some(match words {
             Words::Add(fault) => match self.add(fault.clone()) {
                 Some(id) => Ok(Answer::one("fault", id)),
@@ -235,6 +331,23 @@ impl Plan {
             Words::Clear(id) => match self.clear(*id) {
                 Some(hits) => Ok(Answer::one("hits", hits)),
                 None => Err(format!("there is no fault {}", id.unwrap_or_default())),
+            },
+            Words::Raise(event) => {
+                let due_ns = now_ns.saturating_add(event.after_ns);
+                match self.schedule(Scheduled { due_ns, ..event.clone() }) {
+                    Some(id) => Ok(Answer::one("event", id)),
+                    None => Err("there are too many events to come; stop some first".into()),
+                }
+            }
+            Words::Events => {
+                let events = self.events().into_iter().map(|(id, text, left)| {
+                    Answer(vec![("id", id.into()), ("text", text.into()), ("left", left.into())])
+                });
+                Ok(Answer::one("events", events.collect::<Vec<_>>()))
+            }
+            Words::Stop(id) => match self.stop(*id) {
+                true => Ok(Answer::default()),
+                false => Err(format!("there is no event {} to come", id.unwrap_or_default())),
             },
             Words::Mark(_) => {
                 self.mark();
@@ -300,12 +413,48 @@ mod tests {
             ("fault add command=any when=now do=drop", "no `when` here"),
             ("fault add command=any command=any do=drop", "twice"),
             ("fault add command=any drop", "key=value"),
+            ("fault add command=any type=3 do=drop", "type is for command=eqe"),
+            ("fault add command=reg do=delay:1", "do=delay:1 can't be done to command=reg"),
+            ("fault add command=msix do=corrupt:1", "can't be done to command=msix"),
+            ("fault add command=cqe do=edit:mtu=1", "no field `mtu` here, but type"),
+            ("fault add command=eqe do=status:1", "can't be done to command=eqe"),
+            ("fault add command=smc do=status:256", "can't be done to command=smc"),
+            ("event", "list, stop, or a type"),
+            ("event lunch", "not `lunch`, or a type: a number, fpga-reconfig"),
+            ("event 300", "at most 0xff"),
+            ("event link-up port=0x1000000", "at most 0xffffff"),
+            ("event reset port=1 value=1", "twice"),
+            ("event reset soon", "key=value"),
+            ("event reset at=1", "no `at` here, but port"),
+            ("event reset count=0", "1 or more"),
+            ("event stop x", "must be a number"),
             ("fault add command=any do=edit:max_msix=1", "no field `max_msix`, but hdr_type"),
             ("fault add command=GDMA_QUERY_MAX_RESOURCES do=edit:max_mix=1", "max_eq"),
         ] {
             let error = parse(text).expect_err(text);
             assert!(error.contains(says), "{text}: {error}");
         }
+    }
+
+    #[test]
+    fn events_have_the_details_that_the_driver_looks_for() {
+        let event = |text: &str| match parse(&format!("event {text}")) {
+            Ok(Words::Raise(event)) => event,
+            other => panic!("{text}: {other:?}"),
+        };
+        let shown = |text: &str| {
+            let eqe = event(text).eqe;
+            (eqe.info.get(), eqe.details[0].get())
+        };
+        assert_eq!(shown("link-down port=2"), (133, 0x0300_0002));
+        assert_eq!(shown("link-up"), (133, 0x0200_0000));
+        assert_eq!(shown("hwc-timeout value=5000"), (133, 0x0100_1388));
+        assert_eq!(shown("rdma-resume"), (134, 0x2000_0000));
+        assert_eq!(shown("qp-fatal value=9"), (176, 9));
+        assert_eq!(shown("0xfe value=0xffffffff"), (254, u32::MAX));
+        let storm = event("reset after=5 every=2 count=3 eq=4 at-command=7");
+        assert_eq!((storm.after_ns, storm.every_ns, storm.left), (5_000_000, 2_000_000, 3));
+        assert_eq!((storm.eq, storm.commands), (4, Some(7)));
     }
 
     #[test]

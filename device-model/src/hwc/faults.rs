@@ -5,13 +5,11 @@ use zerocopy::IntoBytes;
 use crate::card::Card;
 use crate::count;
 use crate::dma::GuestRam;
-use crate::host::{Action, Edit, Hit, LENGTH, Place, Random, locate};
+use crate::host::{Action, Edit, Hit, LENGTH, Later, Place, Random, locate};
 use crate::observe::Event;
-use crate::queues::HWC_QUEUE;
 use crate::status::CommandError;
 use crate::timers::Timer;
 use crate::wire::hwc::MAX_MESSAGE;
-use crate::wire::queue::EventEntry;
 
 /// Most responses that wait for their time.
 const MAX_LATE: usize = 64;
@@ -46,7 +44,7 @@ impl Late {
         }
         self.0.push(Letter { due_ns, bytes: bytes.into(), told });
         if due_ns != HELD {
-            card.queues.add_timer(due_ns, Timer::Host);
+            card.core.add_timer(due_ns, Timer::Host);
         }
     }
     /// Take the first that is due at `now_ns`.
@@ -108,9 +106,7 @@ pub fn garble(card: &Card, ram: &GuestRam<'_>, hits: &[Hit], code: u32, response
                 let changes = Random::new(*seed, *number).corrupt(response);
                 card.core.tracer.emit(|| Event::Fault { detail: format!("fault {fault}: {changes}") });
             }
-            Action::Event(kind) => {
-                card.queues.post_event(ram, HWC_QUEUE, EventEntry::Other { kind: *kind, detail: 0 });
-            }
+            Action::Event(kind) => card.queues.raise(ram, Later::event(*kind, 0)),
             Action::Drop | Action::Lose | Action::Delay(_) | Action::Hold | Action::Duplicate => {}
         }
     }

@@ -93,17 +93,17 @@ impl Queues {
     }
     /// What is kept of deadlines at `now_ns`.
     pub fn save_timers(&self, now_ns: u64) -> Vec<TimerState> {
-        self.timers.save(now_ns)
+        self.core.timers.save(now_ns)
     }
     /// Have the timers run, whatever there is.
     pub fn wake_timers(&self) {
-        if self.timers.is_to_be_told() {
+        if self.core.timers.is_to_be_told() {
             self.core.waker.wake(Work::Timers);
         }
     }
     /// Exactly these deadlines.
     pub fn load_timers(&self, timers: Restored) {
-        self.timers.load(timers);
+        self.core.timers.load(timers);
     }
 }
 

@@ -95,7 +95,7 @@ pub struct CompletionQueueState {
 impl CompletionQueue {
     /// What is kept at `now_ns`.
     pub fn save(&self, now_ns: u64) -> CompletionQueueState {
-        let Self { memory, cursor, parent_eq, held, waiter, moderation, due_ns, timed } = self;
+        let Self { memory, cursor, parent_eq, held, waiter, moderation, due_ns, timed, tamper: _ } = self;
         CompletionQueueState {
             memory: memory.save(),
             cursor: cursor.save(),
@@ -140,6 +140,7 @@ impl CompletionQueue {
             moderation,
             due_ns: state.due_in_ns.map(|ns| now_ns.saturating_add(ns)),
             timed: state.timed,
+            tamper: None,
             cursor: new.cursor.restored(&state.cursor, most)?,
             ..new
         })

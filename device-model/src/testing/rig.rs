@@ -20,6 +20,7 @@ use crate::queues::{Core, Limits, Queues, WqObject};
 use crate::region::{PAGE_SIZE, Region, RingMemory};
 use crate::ring::{CompletionQueue, EventQueue, WorkQueue};
 use crate::rules::Rules;
+use crate::timers::Timers;
 use crate::vport::Vport;
 use crate::wire::queue::{BASIC_UNIT, Cqe, Sge, WqeHeader};
 
@@ -115,6 +116,7 @@ impl Rig {
             msix: Msix::new(1, Arc::new(Silent), bus_master.clone(), tracer, counters),
             waker: woken.clone(),
             host: Arc::default(),
+            timers: Timers::new(0),
         };
         let limits = Limits { eqs: 2, cqs: 4096, sqs: 4096, rqs: 4096 };
         let queues = Queues::new(Arc::new(core), limits);

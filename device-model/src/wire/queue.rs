@@ -158,35 +158,32 @@ pub enum EventEntry {
     },
     /// `GDMA_EQE_HWC_INIT_DONE`: the channel is up.
     HwcInitDone,
-    /// Any other that the simulated host raises.
-    Other {
-        /// Type.
-        kind: u8,
-        /// `details[0]`.
-        detail: u32,
-    },
+    /// Whatever the simulated host raises. Owner bits that are set turn the ring's over.
+    Raw(Eqe),
 }
 
 impl EventEntry {
     /// The entry's `type`.
-    pub const fn kind(self) -> u8 {
+    pub fn kind(self) -> u8 {
         match self {
             Self::Completion(_) => 3,
             Self::Test => 64,
             Self::HwcInitEqIdDb { .. } => 129,
             Self::HwcInitData { .. } => 130,
             Self::HwcInitDone => 131,
-            Self::Other { kind, .. } => kind,
+            Self::Raw(eqe) => eqe.info.get() as u8,
         }
     }
     /// The entry as it stands in the ring, owner bits 0.
     pub fn entry(self) -> Eqe {
+        if let Self::Raw(eqe) = self {
+            return eqe;
+        }
         let detail = match self {
             Self::Completion(cq) => cq & 0xff_ffff,
             Self::HwcInitEqIdDb { eq, doorbell } => u32::from(eq) | u32::from(doorbell) << 16,
             Self::HwcInitData { kind, value } => value & 0xff_ffff | u32::from(kind) << 24,
-            Self::Other { detail, .. } => detail,
-            Self::Test | Self::HwcInitDone => 0,
+            Self::Raw(_) | Self::Test | Self::HwcInitDone => 0,
         };
         Eqe { details: [U32::new(detail), U32::ZERO, U32::ZERO], info: U32::new(self.kind().into()) }
     }

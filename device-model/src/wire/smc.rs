@@ -34,6 +34,8 @@ pub struct Header(pub u32);
 
 impl Header {
     const RESPONSE: u32 = 1 << 7;
+    /// `owner_is_pf`: the card has the window.
+    pub const CARD_OWNS: u32 = 1 << 31;
 
     /// What is asked.
     pub fn kind(self) -> Kind {

@@ -3,6 +3,7 @@
 //! One program, so that it is linked once; a module a story.
 
 mod host;
+mod host_points;
 mod link;
 mod moderation;
 mod msix_table;
