@@ -372,6 +372,7 @@ mod tests {
             virtio_nics: Vec::new(),
             disks: Vec::new(),
             trace: Some(trace.to_owned()),
+            control: None,
             console: None,
             timeout: None,
         }
