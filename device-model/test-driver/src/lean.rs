@@ -7,6 +7,7 @@
 use mana_device::config::{DeviceConfig, VportConfig};
 use mana_device::doors::{PortCapabilities, RxChecksum, RxFrame, Work};
 use mana_device::{ManaDevice, Ran};
+use std::sync::Arc;
 use std::sync::atomic::Ordering::{Acquire, Relaxed};
 use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryMmap, VolatileSlice};
 
@@ -67,6 +68,10 @@ impl Machine {
     /// The card.
     pub fn device(&self) -> &'static ManaDevice {
         &self.world.device
+    }
+    /// The card, for somebody in front of it.
+    pub fn shared_device(&self) -> Arc<ManaDevice> {
+        self.world.device.card().clone()
     }
     /// Interrupts so far.
     pub fn interrupts(&self) -> u64 {
@@ -192,8 +197,13 @@ fn wqe(oob: u64, address: u64, key: u32, len: u32) -> [u8; 32] {
 /// One doorbell: a write to BAR0 through the card's door.
 #[inline]
 fn ring(device: &ManaDevice, page: DoorbellPage, register: u64, id: u32, value: u32) {
-    let value = u64::from(id) | u64::from(value) << 32;
+    let value = doorbell(id, value);
     device.bar_write(0, page.offset + register, &value.to_le_bytes()).expect("a doorbell");
+}
+
+#[inline]
+fn doorbell(id: u32, value: u32) -> u64 {
+    u64::from(id) | u64::from(value) << 32
 }
 
 /// A completion queue from its driver's side.
@@ -309,6 +319,10 @@ impl Send {
     #[inline]
     pub fn ring(&self) {
         ring(self.device, self.page, SQ, self.id, self.tail);
+    }
+    /// The doorbell that [`ring`](Self::ring) writes: offset in BAR0, and value.
+    pub fn doorbell(&self) -> (u64, u64) {
+        (self.page.offset + SQ, doorbell(self.id, self.tail))
     }
     /// What the card's worker does.
     #[inline]

@@ -252,27 +252,34 @@ const REPLACEMENT_NS: u64 = 3_600_000_000_000;
 
 /// Where the card is, and another can be put in its place. Cards that were taken out are kept until the machine goes.
 pub struct Slot {
-    cards: Box<[OnceLock<Box<ManaDevice>>]>,
+    cards: Box<[OnceLock<Arc<ManaDevice>>]>,
     current: AtomicUsize,
 }
 
 impl Slot {
     fn new(card: ManaDevice) -> Self {
         let cards: Box<[_]> = (0..MAX_CARDS).map(|_| OnceLock::new()).collect();
-        cards[0].get_or_init(|| Box::new(card));
+        cards[0].get_or_init(|| Arc::new(card));
         Self { cards, current: AtomicUsize::new(0) }
     }
     fn put(&self, card: ManaDevice) {
         let next = self.current.load(Ordering::Relaxed) + 1;
-        self.cards[next].get_or_init(|| Box::new(card));
+        self.cards[next].get_or_init(|| Arc::new(card));
         self.current.store(next, Ordering::Release);
+    }
+}
+
+impl Slot {
+    /// The card that is in it, for somebody else in front of it (a server).
+    pub fn card(&self) -> &Arc<ManaDevice> {
+        self.cards[self.current.load(Ordering::Acquire)].get().expect("a card is in the slot")
     }
 }
 
 impl Deref for Slot {
     type Target = ManaDevice;
     fn deref(&self) -> &ManaDevice {
-        self.cards[self.current.load(Ordering::Acquire)].get().expect("a card is in the slot")
+        self.card()
     }
 }
 
