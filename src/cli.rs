@@ -157,7 +157,7 @@ pub struct BootArgs {
     netdev: Vec<String>,
     #[allow(rustdoc::broken_intra_doc_links, reason = "the brackets of the help are no links")]
     /// Network device: mana[,netdev=ID]...[,mac=][,mtu=][,max-msix=][,msix-table=][,max-queues=][,node=]
-    /// [,slot=root|port][,workers=][,rdma=on|off][,strict=on|off]; one vPort for each netdev, a peer if there is none.
+    /// [,slot=root|port][,workers=][,rdma=on|off][,strict=on|off][,profile=NAME|FILE]; one vPort for each netdev, a peer if there is none.
     /// Or virtio-net[,netdev=ID][,mac=][,mtu=][,workers=].
     #[arg(long, value_name = "mana|virtio-net[,KEY=VALUE]...")]
     device: Vec<String>,
@@ -332,6 +332,9 @@ mod tests {
             (vec!["--netdev=peer,id=a", "--device=mana,netdev=a", "--device=mana,netdev=a"], "--device"),
             (vec!["--device=mana,mac=01:00:00:00:00:00"], "--device"),
             (vec!["--device=mana,mtu=60"], "--device"),
+            (vec!["--device=mana,profile=none"], "there is no profile `none`, but default, azure-old"),
+            (vec!["--device=mana,profile=/nowhere"], "profile: /nowhere"),
+            (vec!["--device=mana,profile=/proc/self/status"], "profile: /proc/self/status: line 1: "),
             (vec!["--device=mana,max-msix=0"], "--device"),
             (vec!["--device=mana,msix-table=2049"], "--device"),
             (vec!["--device=mana,max-queues=65"], "--device"),

@@ -13,7 +13,7 @@ mod socket;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use mana_device::ManaDevice;
-use mana_device::host::Answer;
+use mana_device::host::{Answer, Profile};
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
@@ -48,6 +48,27 @@ struct Refused {
     error: String,
 }
 
+/// The profile `name` of those that come with the card, or in a file.
+///
+/// # Errors
+/// One sentence that names the file and the key that is wrong, or the names there are.
+pub fn profile(name: &str) -> Result<Profile, String> {
+    if !name.contains(['/', '.']) {
+        return Profile::named(name);
+    }
+    let text = std::fs::read_to_string(name).map_err(|error| format!("{name}: {error}"))?;
+    Profile::parse(&text).map_err(|error| format!("{name}: {error}"))
+}
+
+/// Who asks.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Asker {
+    /// Whoever runs the machine, and may name files.
+    User,
+    /// The guest, which has no business with this machine's files.
+    Guest,
+}
+
 /// Whom requests are for.
 #[derive(Default)]
 pub struct Control {
@@ -60,10 +81,10 @@ impl Control {
         *self.devices.lock().unwrap_or_else(PoisonError::into_inner) = devices;
     }
 
-    /// Do what `request` asks for; the answer, without a line feed.
-    pub fn answer(&self, request: &str) -> String {
+    /// Do what `request` of `asker` asks for; the answer, without a line feed.
+    pub fn answer(&self, request: &str, asker: Asker) -> String {
         let answer = match serde_json::from_str::<Request>(request) {
-            Ok(Request { id, words }) => match self.execute(&words) {
+            Ok(Request { id, words }) => match self.execute(&words, asker) {
                 Ok(answer) => serde_json::to_string(&Done { id, ok: true, answer }),
                 Err(error) => serde_json::to_string(&Refused { id, ok: false, error }),
             },
@@ -76,7 +97,7 @@ impl Control {
         answer.unwrap_or_default()
     }
 
-    fn execute(&self, words: &[String]) -> Result<Answer, String> {
+    fn execute(&self, words: &[String], asker: Asker) -> Result<Answer, String> {
         let (index, words) = match words.first().and_then(|word| word.strip_prefix("device=")) {
             Some(text) => {
                 let index = text.parse().map_err(|_| format!("device must be a number, not `{text}`"))?;
@@ -88,7 +109,13 @@ impl Control {
         let device: Option<Arc<ManaDevice>> = devices.get::<usize>(index).cloned();
         let known = devices.len();
         drop(devices);
-        device.ok_or_else(|| format!("there is no device {index}, but {known} from 0 on"))?.control(words)
+        let device = device.ok_or_else(|| format!("there is no device {index}, but {known} from 0 on"))?;
+        match (asker, words) {
+            (Asker::User, [verb, file]) if verb == "profile" && file.contains(['/', '.']) => {
+                device.set_profile(&profile(file)?).map(|()| Answer::default())
+            }
+            _ => device.control(words),
+        }
     }
 }
 
@@ -130,7 +157,7 @@ mod tests {
     #[test]
     fn answers_carry_the_requests_id_and_say_yes_or_no() {
         let control = control();
-        let answer = |request: &str| control.answer(request);
+        let answer = |request: &str| control.answer(request, Asker::User);
         assert_eq!(
             answer(r#"{"id": "a", "words": ["fault", "add", "command=any", "do=drop"]}"#),
             r#"{"id":"a","ok":true,"fault":1}"#
@@ -150,6 +177,9 @@ mod tests {
                 .contains("there is no device 1, but 1 from 0")
         );
         assert!(answer(r#"{"id":3,"words":["device=x","ledger"]}"#).contains("must be a number"));
+        let from_file = r#"{"words":["profile","/nowhere/x.toml"]}"#;
+        assert!(answer(from_file).contains("/nowhere/x.toml: No such file"));
+        assert!(control.answer(from_file, Asker::Guest).contains("there is no profile `/nowhere/x.toml`"));
         assert!(answer("ledger").contains("not a request such as"));
     }
 }

@@ -375,6 +375,7 @@ mod tests {
             control: None,
             console: None,
             timeout: None,
+            control: None,
         }
     }
 }

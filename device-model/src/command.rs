@@ -7,6 +7,7 @@ use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
 
 use crate::card::Card;
 use crate::describe::Describe;
+use crate::host::Profile;
 use crate::observe::Fields;
 use crate::status::{CommandError, Status};
 use crate::table::{Device, Objects, Origin};
@@ -18,6 +19,8 @@ use crate::{gdma, mana};
 pub struct Context<'a> {
     /// The data path and the configuration.
     pub card: &'a Card,
+    /// What the host shows.
+    pub offer: &'a Profile,
     /// What is alive.
     pub objects: &'a mut Objects,
     /// Guest memory.

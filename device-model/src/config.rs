@@ -3,6 +3,7 @@
 use std::ops::{Range, RangeInclusive};
 
 use crate::bar0;
+use crate::host::Profile;
 use crate::pci::msix;
 
 use serde::{Deserialize, Serialize};
@@ -89,6 +90,8 @@ pub struct DeviceConfig {
     pub indirection_entries: u16,
     /// Speed of the card's link, Mbit/s.
     pub link_speed_mbps: u32,
+    /// What the host shows, where it is not what stands here.
+    pub profile: Profile,
 }
 
 impl Default for DeviceConfig {
@@ -104,6 +107,7 @@ impl Default for DeviceConfig {
             doorbell_pages: 128,
             indirection_entries: 64,
             link_speed_mbps: 200_000,
+            profile: Profile::default(),
         }
     }
 }
@@ -148,6 +152,7 @@ impl DeviceConfig {
             let reason = format!("{} Mbit/s, but {MIN_LINK_SPEED_MBPS} is the least", self.link_speed_mbps);
             return fail("link-speed", reason);
         }
+        self.profile.check().or_else(|reason| fail("profile", reason))?;
         let (table, pba) = (self.table_range(), self.pba_range());
         self.check_place("msix-table", self.msix_table, &table)?;
         self.check_place("msix-pba", self.msix_pba, &pba)?;

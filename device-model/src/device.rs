@@ -11,7 +11,7 @@ use crate::counters::Counters;
 use crate::dma::Dma;
 use crate::doors::{Clock, Memory, MsiSink, Port, RxFrame, Waker, Work};
 use crate::firmware::Firmware;
-use crate::host::{Answer, Fate, HELD, Point, Words, strike_register, strike_smc};
+use crate::host::{Answer, Fate, FirstIds, HELD, Point, Profile, Words, strike_register, strike_smc};
 use crate::observe::{Event, Fields, Observer, Tracer};
 use crate::pci::config_space::ConfigSpace;
 use crate::pci::msix::Msix;
@@ -139,6 +139,7 @@ impl ManaDevice {
         let vports = vports.map(|(vport, port)| Vport::new(vport.mac, port, config.mtu)).collect();
         let power_on = ConfigSpace::new(&config, config.bars());
         let layout = Layout::new(&config);
+        core.host.set_registers(config.profile.registers.clone());
         let card = Card { config, core, queues, vports };
         Ok(Self {
             layout,
@@ -388,6 +389,19 @@ impl ManaDevice {
             return done;
         }
         Ok(match words {
+            Words::Profile(profile) => {
+                self.set_profile(&profile)?;
+                Answer::default()
+            }
+            Words::Profiles => {
+                let names = Profile::names().into_iter();
+                let names = names.map(|name| Answer::one("name", name.to_owned()));
+                Answer::one("profiles", names.collect::<Vec<_>>())
+            }
+            Words::Limits(limits) => {
+                self.set_limits(&limits)?;
+                Answer::default()
+            }
             Words::Ledger => {
                 let live = self.ledger();
                 self.card.core.tracer.emit(|| Event::Ledger { live: live.clone() });
@@ -395,6 +409,36 @@ impl ManaDevice {
             }
             Words::Rules => Answer::one("rules", self.violations()),
             _ => Answer::one("counters", self.counters()),
+        })
+    }
+    /// What the host shows from the next channel on; its registers, at once.
+    ///
+    /// # Errors
+    /// One sentence that names the key that can't be.
+    pub fn set_profile(&self, profile: &Profile) -> Result<(), String> {
+        let change = |next: &mut Profile| {
+            let has_ids = profile.ids != FirstIds::default() && profile.ids != self.card.config.profile.ids;
+            if has_ids {
+                return Err("ids can't change while the card runs: start it with this profile".into());
+            }
+            *next = profile.clone();
+            Ok(())
+        };
+        lock(&self.firmware).change_offer(change)?;
+        self.card.core.host.set_registers(profile.registers.clone());
+        Ok(())
+    }
+    /// Change limits that the host shows from the next channel on.
+    fn set_limits(&self, limits: &[(String, u32)]) -> Result<(), String> {
+        lock(&self.firmware).change_offer(|next| {
+            let unknown = limits.iter().find(|(name, value)| !next.limit(name, *value));
+            match unknown {
+                None => Ok(()),
+                Some((name, value)) => Err(format!(
+                    "there is no limit {name}={value}, but max-msix, max-queues, max-sq, max-rq, max-cq, max-eq, ports, \
+                     mtu and indirection-entries"
+                )),
+            }
         })
     }
     /// Rules of the device that the driver broke, with how often.

@@ -6,6 +6,7 @@ pub mod state;
 use crate::card::Card;
 use crate::device::Ran;
 use crate::dma::GuestRam;
+use crate::host::Profile;
 use crate::hwc::Hwc;
 use crate::ledger;
 use crate::observe::{Event, Fields};
@@ -19,17 +20,22 @@ pub struct Firmware {
     objects: Objects,
     /// Requests since the device was made.
     seq: u64,
+    /// What the host shows.
+    offer: Profile,
+    /// What it is to show from the next channel on.
+    next_offer: Option<Profile>,
 }
 
 impl Firmware {
     /// No channel, nothing made.
     pub fn new(card: &Card) -> Self {
-        Self { hwc: None, objects: Objects::new(card.queues.limits().wqs()), seq: 0 }
+        let objects = Objects::new(card.queues.limits().wqs());
+        Self { hwc: None, objects, seq: 0, offer: card.config.profile.clone(), next_offer: None }
     }
     /// Answer requests of the hardware channel, at most `budget`.
     pub fn run(&mut self, card: &Card, budget: usize) -> Ran {
-        let Self { hwc, objects, seq } = self;
-        hwc.as_mut().map_or(Ran::Idle, |hwc| hwc.run(card, objects, seq, budget))
+        let Self { hwc, objects, seq, offer, next_offer: _ } = self;
+        hwc.as_mut().map_or(Ran::Idle, |hwc| hwc.run(card, offer, objects, seq, budget))
     }
     /// Do what the shared-memory channel asks for; the answer is the status.
     pub fn shared_memory(&mut self, card: &Card, request: &smc::Request) -> u8 {
@@ -56,9 +62,12 @@ impl Firmware {
             log::info!("a second channel is established: the function starts afresh");
         }
         self.reset(card);
+        self.offer = self.next_offer.take().unwrap_or_else(|| std::mem::take(&mut self.offer));
         let memory = card.core.dma.map().ok_or("bus mastering is off")?;
-        self.hwc =
-            Some(Hwc::establish(card, &GuestRam::new(&memory), message).map_err(|error| error.to_string())?);
+        self.hwc = Some(
+            Hwc::establish(card, &self.offer.channel, &GuestRam::new(&memory), message)
+                .map_err(|error| error.to_string())?,
+        );
         Ok(())
     }
     /// The driver unloads. When the answer is there the card has stopped all DMA.
@@ -74,10 +83,25 @@ impl Firmware {
     /// Everything that a driver has made ends, the channel included.
     pub fn reset(&mut self, card: &Card) {
         // `seq` goes on, so that numbers in a trace are unique.
-        let Self { hwc, objects, seq: _ } = self;
+        // What the host shows stays, too.
+        let Self { hwc, objects, seq: _, offer: _, next_offer: _ } = self;
         Hwc::close(card);
         *hwc = None;
         ledger::release_all(card, objects);
+    }
+    /// What the host is to show from the next channel on: `change` what it would show then.
+    ///
+    /// # Errors
+    /// Those of `change`; nothing has changed then.
+    pub fn change_offer(
+        &mut self,
+        change: impl FnOnce(&mut Profile) -> Result<(), String>,
+    ) -> Result<(), String> {
+        let mut next = self.next_offer.as_ref().unwrap_or(&self.offer).clone();
+        change(&mut next)?;
+        next.check()?;
+        self.next_offer = Some(next);
+        Ok(())
     }
     /// The host's faults are cleared: what they have held back comes now.
     pub fn heal(&mut self, card: &Card) {

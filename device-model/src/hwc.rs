@@ -18,7 +18,7 @@ use crate::command::{self, Command, CommandResult, Context, Request};
 use crate::count;
 use crate::device::Ran;
 use crate::dma::GuestRam;
-use crate::host::Point;
+use crate::host::{Channel, Point, Profile};
 use crate::observe::{Event, Fields, QueueKind};
 use crate::queues::{Core, HWC_QUEUE, Slot};
 use crate::region::RingMemory;
@@ -74,6 +74,7 @@ impl Hwc {
     /// [`EstablishError`]; nothing exists then.
     pub fn establish(
         card: &Card,
+        shown: &Channel,
         ram: &GuestRam<'_>,
         message: &EstablishHwc,
     ) -> Result<Self, EstablishError> {
@@ -89,14 +90,14 @@ impl Hwc {
         let events = [
             // First: until it has seen this one, the driver does not know where to ring.
             EventEntry::HwcInitEqIdDb { eq: HWC_QUEUE as u16, doorbell: page as u16 },
-            value(init_data::CQ_ID, HWC_QUEUE),
-            value(init_data::RQ_ID, HWC_QUEUE),
-            value(init_data::SQ_ID, HWC_QUEUE),
-            value(init_data::QUEUE_DEPTH, QUEUE_DEPTH),
-            value(init_data::MAX_REQUEST, MAX_MESSAGE as u32),
-            value(init_data::MAX_RESPONSE, MAX_MESSAGE as u32),
-            value(init_data::MAX_NUM_CQS, queues.limits().cqs),
-            value(init_data::PD_ID, Device::Hwc.pd()),
+            value(init_data::CQ_ID, shown.cq.unwrap_or(HWC_QUEUE)),
+            value(init_data::RQ_ID, shown.rq.unwrap_or(HWC_QUEUE)),
+            value(init_data::SQ_ID, shown.sq.unwrap_or(HWC_QUEUE)),
+            value(init_data::QUEUE_DEPTH, shown.queue_depth.unwrap_or(QUEUE_DEPTH)),
+            value(init_data::MAX_REQUEST, shown.max_request.unwrap_or(MAX_MESSAGE as u32)),
+            value(init_data::MAX_RESPONSE, shown.max_response.unwrap_or(MAX_MESSAGE as u32)),
+            value(init_data::MAX_NUM_CQS, shown.max_cqs.unwrap_or(queues.limits().cqs)),
+            value(init_data::PD_ID, shown.pd.unwrap_or(Device::Hwc.pd())),
             value(init_data::GPA_MKEY, Device::Hwc.gpa_mkey()),
             EventEntry::HwcInitDone,
         ];
@@ -121,7 +122,14 @@ impl Hwc {
         }
     }
     /// Answer requests, at most `budget`. `seq` numbers them.
-    pub fn run(&mut self, card: &Card, objects: &mut Objects, seq: &mut u64, budget: usize) -> Ran {
+    pub fn run(
+        &mut self,
+        card: &Card,
+        offer: &Profile,
+        objects: &mut Objects,
+        seq: &mut u64,
+        budget: usize,
+    ) -> Ran {
         let Some(slot) = card.queues.sq(HWC_QUEUE) else { return Ran::Idle };
         let Some(memory) = card.core.dma.map() else {
             // Enabling bus mastering wakes the queue again.
@@ -130,7 +138,7 @@ impl Hwc {
         };
         let ram = GuestRam::new(&memory);
         for _ in 0..budget.max(1) {
-            if let Step::Rest(tail) = self.step(card, &ram, objects, seq)
+            if let Step::Rest(tail) = self.step(card, offer, &ram, objects, seq)
                 && !slot.rest(tail)
             {
                 return Ran::Idle;
@@ -138,7 +146,14 @@ impl Hwc {
         }
         Ran::More
     }
-    fn step(&mut self, card: &Card, ram: &GuestRam<'_>, objects: &mut Objects, seq: &mut u64) -> Step {
+    fn step(
+        &mut self,
+        card: &Card,
+        offer: &Profile,
+        ram: &GuestRam<'_>,
+        objects: &mut Objects,
+        seq: &mut u64,
+    ) -> Step {
         if !self.late.is_empty() && self.deliver_late(card, ram) {
             return Step::Answered;
         }
@@ -159,7 +174,7 @@ impl Hwc {
         match self.read_request(ram) {
             Ok(()) => {
                 *seq += 1;
-                match self.execute(card, ram, objects, *seq) {
+                match self.execute(card, offer, ram, objects, *seq) {
                     Some((len, told)) => {
                         let response = self.response.get(..len).unwrap_or_default();
                         let sent = write_response(&self.buffer, ram, response);
@@ -248,6 +263,7 @@ impl Hwc {
     fn execute(
         &mut self,
         card: &Card,
+        offer: &Profile,
         ram: &GuestRam<'_>,
         objects: &mut Objects,
         seq: u64,
@@ -262,7 +278,10 @@ impl Hwc {
                 .broken(Rule::HwcMessage, || format!("{command} of {len} bytes says that it has {claimed}"));
         }
         let started = tracer.stamp_ns();
-        let parsed = Command::parse(&self.request);
+        let parsed = match offer.knows(code) {
+            true => Command::parse(&self.request),
+            false => Err(CommandError::unsupported("the profile has no such command")),
+        };
         tracer.emit(|| {
             let fields = parsed.as_ref().map(Command::fields).unwrap_or_default();
             Event::HwcRequest { seq, command, code, version, fields }
@@ -278,7 +297,7 @@ impl Hwc {
         let is_refused = refusal.is_some();
         let result = refusal.map_or(parsed, Err).and_then(|parsed| {
             let origin = Origin { seq, code };
-            parsed.execute(&mut Context { card, objects, memory: ram.memory(), origin })
+            parsed.execute(&mut Context { card, offer, objects, memory: ram.memory(), origin })
         });
         if let Err(error) = &result
             && !is_refused

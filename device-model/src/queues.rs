@@ -18,7 +18,7 @@ use crate::count;
 use crate::counters::Counters;
 use crate::dma::{Dma, GuestRam};
 use crate::doors::{Waker, Work};
-use crate::host::{CqeStrikes, HELD, Later, Plan, Point, strike_event, strike_interrupt};
+use crate::host::{CqeStrikes, HELD, Later, Plan, Point, Profile, strike_event, strike_interrupt};
 use crate::observe::{Event, QueueKind, Tracer};
 use crate::pci::msix::Msix;
 use crate::ring::{CompletionQueue, EventQueue, Moderation, Notify, PostError, Rung, WorkQueue, Wqe};
@@ -197,6 +197,37 @@ pub struct Limits {
     pub sqs: u32,
     /// Receive queues.
     pub rqs: u32,
+    /// The lowest id that is given out, of each kind.
+    pub first: FirstIds,
+}
+
+/// Lowest ids.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct FirstIds {
+    /// Of event queues.
+    pub eq: u32,
+    /// Of completion queues.
+    pub cq: u32,
+    /// Of send queues.
+    pub sq: u32,
+    /// Of receive queues.
+    pub rq: u32,
+}
+
+impl Default for FirstIds {
+    /// Those behind the hardware channel's.
+    fn default() -> Self {
+        let first = HWC_QUEUE + 1;
+        Self { eq: first, cq: first, sq: first, rq: first }
+    }
+}
+
+impl FirstIds {
+    fn of(profile: &Profile) -> Self {
+        let first = |id: Option<u16>| id.map_or(HWC_QUEUE + 1, u32::from);
+        let ids = &profile.ids;
+        Self { eq: first(ids.eq), cq: first(ids.cq), sq: first(ids.sq), rq: first(ids.rq) }
+    }
 }
 
 impl Limits {
@@ -207,7 +238,14 @@ impl Limits {
     /// Room for every queue that a driver of the card `config` describes may make.
     pub fn of(config: &DeviceConfig) -> Self {
         let pairs: u32 = config.vports.iter().map(|vport| u32::from(vport.max_queues)).sum();
-        Self { eqs: 1 + pairs + Self::SPARE_EQS, cqs: 1 + 2 * pairs, sqs: 1 + pairs, rqs: 1 + pairs }
+        let first = FirstIds::of(&config.profile);
+        Self {
+            eqs: first.eq + pairs + Self::SPARE_EQS,
+            cqs: first.cq + 2 * pairs,
+            sqs: first.sq + pairs,
+            rqs: first.rq + pairs,
+            first,
+        }
     }
 }
 
@@ -253,7 +291,7 @@ fn is_last_word_of_hwc(doorbell: Doorbell) -> bool {
 impl Queues {
     /// No queues yet, room for `limits`.
     pub fn new(core: Arc<Core>, limits: Limits) -> Self {
-        let Limits { eqs, cqs, sqs, rqs } = limits;
+        let Limits { eqs, cqs, sqs, rqs, first: _ } = limits;
         Self { core, limits, eqs: slots(eqs), cqs: slots(cqs), sqs: slots(sqs), rqs: slots(rqs) }
     }
     /// How many queues there can be.
@@ -555,10 +593,10 @@ impl Queues {
     /// back under the control plane's lock.
     pub fn free_id(&self, kind: QueueKind) -> Option<u32> {
         match kind {
-            QueueKind::Eq => first_free(&self.eqs),
-            QueueKind::Cq => first_free(&self.cqs),
-            QueueKind::Sq => first_free(&self.sqs),
-            QueueKind::Rq => first_free(&self.rqs),
+            QueueKind::Eq => first_free(&self.eqs, self.limits.first.eq),
+            QueueKind::Cq => first_free(&self.cqs, self.limits.first.cq),
+            QueueKind::Sq => first_free(&self.sqs, self.limits.first.sq),
+            QueueKind::Rq => first_free(&self.rqs, self.limits.first.rq),
         }
     }
     /// Event queue `id` exists from now on and is rung through `page`.
@@ -620,7 +658,7 @@ fn live<Q>(slots: &[Slot<Q>], page: u32, id: u32) -> Option<&Slot<Q>> {
     slots.get(id as usize).filter(|slot| slot.page.load(Ordering::Acquire) == page)
 }
 
-fn first_free<Q>(slots: &[Slot<Q>]) -> Option<u32> {
-    let free = slots.iter().enumerate().skip(HWC_QUEUE as usize + 1).find(|(_, slot)| slot.is_free());
+fn first_free<Q>(slots: &[Slot<Q>], first: u32) -> Option<u32> {
+    let free = slots.iter().enumerate().skip(first as usize).find(|(_, slot)| slot.is_free());
     free.map(|(id, _)| id as u32)
 }

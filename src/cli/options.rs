@@ -5,6 +5,8 @@ use std::path::PathBuf;
 
 use mana_device::config::{DeviceConfig, MAX_QUEUES_PER_VPORT, MAX_VPORTS, MSIX_TABLE_SIZES, VportConfig};
 
+use mana_device::host::Profile;
+
 use crate::config::{DiskConfig, ManaNic, Netdev, NetdevKind, Slot, Topology, VirtioNic};
 use crate::keyval::{KeyValues, OptionError};
 
@@ -293,6 +295,7 @@ fn mana(
         "port" => Some(Slot::Port),
         _ => None,
     })?;
+    let profile = options.take("profile")?.map(|name| profile(&name)).transpose()?;
     let mut ids = options.take_all("netdev");
     options.finish()?;
 
@@ -316,10 +319,16 @@ fn mana(
         msix_table_size: msix_table_size.unwrap_or(defaults.msix_table_size),
         mtu: mtu.unwrap_or(defaults.mtu),
         rdma: rdma.unwrap_or(defaults.rdma),
+        profile: profile.unwrap_or_default(),
         ..defaults
     };
     let (slot, strict) = (slot.unwrap_or(Slot::Port), strict.unwrap_or(false));
     Ok(ManaNic { device, netdevs: ids, node, slot, workers, strict })
+}
+
+/// A profile that comes with the card, or a file.
+fn profile(name: &str) -> Result<Profile, OptionError> {
+    crate::control::profile(name).map_err(|error| OptionError::new(DEVICE, format!("profile: {error}")))
 }
 
 /// A new peer with the first id of the form `peerN` that is free.

@@ -11,7 +11,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use anyhow::{Context, bail};
 use serde_json::Value;
 
-use super::{Control, MAX_REQUEST, Request};
+use super::{Asker, Control, MAX_REQUEST, Request};
 
 /// Most clients at a time.
 const MAX_CLIENTS: usize = 16;
@@ -24,7 +24,7 @@ pub trait Respond: Send + Sync + 'static {
 
 impl Respond for Control {
     fn respond(&self, request: &str) -> String {
-        self.answer(request)
+        self.answer(request, Asker::User)
     }
 }
 

@@ -14,7 +14,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use vm_device::DevicePio;
 use vm_device::bus::{PioAddress, PioAddressOffset};
 
-use crate::control::Control;
+use crate::control::{Asker, Control};
 use crate::layout::AGENT_PORT;
 use crate::vcpu::ExitCounts;
 use crate::warn_limited;
@@ -100,8 +100,10 @@ impl State {
             }
             b'H' => {
                 let request = String::from_utf8_lossy(payload);
-                let answer =
-                    self.control.as_ref().map_or_else(String::new, |control| control.answer(&request));
+                let answer = self
+                    .control
+                    .as_ref()
+                    .map_or_else(String::new, |control| control.answer(&request, Asker::Guest));
                 self.answer =
                     (answer.len() as u32).to_le_bytes().into_iter().chain(answer.into_bytes()).collect();
             }

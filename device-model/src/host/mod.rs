@@ -11,6 +11,7 @@ mod answer;
 mod fault;
 mod later;
 mod plan;
+mod profile;
 mod random;
 mod strike;
 pub mod words;
@@ -19,6 +20,10 @@ pub use answer::{Answer, Value};
 pub(crate) use fault::{Action, Edit, Place, Point};
 pub(crate) use later::{HELD, Later};
 pub(crate) use plan::{Hit, Plan};
+pub use profile::{
+    Adapter, Channel, Commands, Devices, FirstIds, MaxResources, Port, Profile, Registers, Registration,
+    Version,
+};
 pub(crate) use random::Random;
 pub(crate) use strike::{CqeStrikes, Fate, strike_event, strike_interrupt, strike_register, strike_smc};
 pub(crate) use words::{LENGTH, Words, locate};

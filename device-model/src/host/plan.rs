@@ -5,6 +5,7 @@ use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU64, Ordering};
 
 use super::fault::{Action, Fault, Place, Point};
 use super::later::{Agenda, Later, Scheduled};
+use super::profile::Registers;
 use crate::sync::lock;
 
 /// Most faults at a time.
@@ -41,6 +42,7 @@ struct State {
     /// Strikes of faults that are gone.
     old_hits: u64,
     agenda: Agenda,
+    registers: Registers,
 }
 
 impl Plan {
@@ -140,8 +142,19 @@ impl Plan {
     }
     fn watch(&self, state: &State) {
         self.counting.store(state.agenda.counts_commands(), Ordering::SeqCst);
-        let bits = state.faults.iter().fold(0, |bits, (_, fault)| bits | 1 << fault.matcher.point as u8);
+        let lies = u8::from(!state.registers.are_true()) << Point::Reg as u8;
+        let bits = state.faults.iter().fold(lies, |bits, (_, fault)| bits | 1 << fault.matcher.point as u8);
         self.watched.store(bits, Ordering::SeqCst);
+    }
+    /// BAR0's registers read so from now on.
+    pub fn set_registers(&self, registers: Registers) {
+        let mut state = lock(&self.state);
+        state.registers = registers;
+        self.watch(&state);
+    }
+    /// What the registers at `offset` read as.
+    pub fn overlay_registers(&self, offset: u64, data: &mut [u8]) {
+        lock(&self.state).registers.overlay(offset, data);
     }
     /// A command has come at `now_ns`. `true` if that may have made events due.
     #[must_use]

@@ -203,6 +203,7 @@ pub(crate) fn strike_interrupt(core: &Core, vector: u16) -> usize {
 /// What strikes a read of the registers at `offset`.
 #[cold]
 pub(crate) fn strike_register(core: &Core, offset: u64, data: &mut [u8]) {
+    core.host.overlay_registers(offset, data);
     let place = Place::of(Point::Reg, offset as u32);
     let fate = strike(core, place, &|| format!("register {offset:#x}"), data);
     if fate.copies == 0 {

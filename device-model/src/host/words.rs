@@ -8,6 +8,8 @@
 //! | `event TYPE [port=N] [value=N] [eq=ID] [after=MS] [every=MS] [count=N] [at-command=N]` | `event`: its id |
 //! | `event list` | `events`: id, text and how many are to come of each |
 //! | `event stop [ID]` | nothing |
+//! | `limits max-msix=N max-queues=N ports=N ...` | nothing; the host shows these from the next channel on |
+//! | `profile NAME`, `profile list` | nothing, the host shows this profile from then on; `profiles`: their names |
 //! | `mark NAME` | nothing; the name goes into the trace, and commands are counted from here |
 //! | `commands` | `commands`: commands of the hardware channel since the mark |
 //! | `ledger`, `counters`, `rules` | live objects, counters, broken rules by name |
@@ -31,6 +33,7 @@ use super::answer::Answer;
 use super::fault::{Action, Edit, Fault, Matcher, NS_PER_MS, Point};
 use super::later::{Scheduled, eqe};
 use super::plan::Plan;
+use super::profile::Profile;
 use super::strike;
 use crate::command;
 use crate::queues::HWC_QUEUE;
@@ -51,6 +54,12 @@ pub(crate) enum Words {
     Events,
     /// Take an event back, or all.
     Stop(Option<u64>),
+    /// Show this profile from the next channel on.
+    Profile(Box<Profile>),
+    /// Which profiles are there?
+    Profiles,
+    /// Show these limits from the next channel on.
+    Limits(Vec<(String, u32)>),
     /// Name this moment.
     Mark(String),
     /// How many commands since the mark?
@@ -84,6 +93,10 @@ impl Words {
             ["event", "stop", id] => Ok(Self::Stop(Some(number("event stop", id)?))),
             ["event", kind, rest @ ..] => event(kind, rest).map(Self::Raise),
             ["event"] => Err(format!("`event` wants list, stop, {TYPES}")),
+            ["profile", "list"] => Ok(Self::Profiles),
+            ["profile", name] => Profile::named(name).map(|profile| Self::Profile(Box::new(profile))),
+            ["profile", ..] => Err("`profile` wants one name, or list".into()),
+            ["limits", rest @ ..] => limits(rest).map(Self::Limits),
             ["mark", name] => Ok(Self::Mark((*name).to_owned())),
             ["mark", ..] => Err("`mark` wants one name".into()),
             ["commands"] => Ok(Self::Commands),
@@ -94,7 +107,7 @@ impl Words {
                 Err(format!("`{only}` wants nothing behind it"))
             }
             [other, ..] => Err(format!(
-                "there is no `{other}`, but fault, event, mark, commands, ledger, counters and rules"
+                "there is no `{other}`, but fault, event, limits, profile, mark, commands, ledger, counters and rules"
             )),
             [] => Err("there are no words".into()),
         }
@@ -115,6 +128,19 @@ fn at_most<T: TryFrom<u64>>(name: &str, text: &str, most: u64) -> Result<T, Stri
     let parsed = number(name, text)?;
     let fits = Some(parsed).filter(|&parsed| parsed <= most).and_then(|parsed| T::try_from(parsed).ok());
     fits.ok_or_else(|| format!("{name} must be at most {most:#x}, not `{text}`"))
+}
+
+/// What stands behind `limits`.
+fn limits(words: &[&str]) -> Result<Vec<(String, u32)>, String> {
+    if words.is_empty() {
+        return Err("`limits` wants max-msix=N, max-queues=N, ports=N and the like".into());
+    }
+    let limit = |word: &&str| {
+        let (key, value) =
+            word.split_once('=').ok_or_else(|| format!("`{word}` is not of the form limit=value"))?;
+        Ok((key.to_owned(), at_most(key, value, u32::MAX.into())?))
+    };
+    words.iter().map(limit).collect()
 }
 
 /// What stands behind `fault add`.
@@ -354,6 +380,7 @@ impl Plan {
                 Ok(Answer::default())
             }
             Words::Commands => Ok(Answer::one("commands", self.commands())),
+            Words::Profile(_) | Words::Profiles | Words::Limits(_) => return None,
             Words::Ledger | Words::Counters | Words::Rules => return None,
         })
     }

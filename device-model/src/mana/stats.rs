@@ -68,7 +68,7 @@ pub fn query_gf_stat(context: &mut Context<'_>, message: &Message<'_, QueryGfSta
 /// MANA_QUERY_LINK_CONFIG: the speed that a clamp leaves, and the most that can be had (`mana_query_link_cfg`).
 pub fn query_link_config(context: &mut Context<'_>, message: &Message<'_, QueryLinkConfig>) -> CommandResult {
     for_mana(message)?;
-    let index = vport::index_of(context.card, message.body.vport.get())?;
+    let index = vport::index_of(context.card, context.offer, message.body.vport.get())?;
     let most = context.card.config.link_speed_mbps;
     let clamp = context.card.vports.get(index).and_then(|vport| vport.shaper.mbps());
     let link = QueryLinkConfigReply {
@@ -83,7 +83,7 @@ pub fn query_link_config(context: &mut Context<'_>, message: &Message<'_, QueryL
 pub fn set_bw_clamp(context: &mut Context<'_>, message: &Message<'_, SetBwClamp>) -> CommandResult {
     for_registered_mana(context, message)?;
     let request = message.body;
-    let index = vport::index_of(context.card, request.vport.get())?;
+    let index = vport::index_of(context.card, context.offer, request.vport.get())?;
     let (mbps, most) = (request.link_speed_mbps.get(), context.card.config.link_speed_mbps);
     let enable = tri_state(request.enable_clamping)
         .ok_or_else(|| CommandError::invalid(format!("enable_clamping is {}", request.enable_clamping)))?;

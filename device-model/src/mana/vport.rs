@@ -5,6 +5,7 @@ use zerocopy::little_endian::{U16, U32, U64};
 use super::{for_mana, for_registered_mana};
 use crate::card::Card;
 use crate::command::{CommandResult, Context, Message, Reply};
+use crate::host::Profile;
 use crate::observe::Event;
 use crate::packet::ETHERNET_HEADER;
 use crate::rx::{Coalescing, MAX_TABLE, RxUpdate};
@@ -20,33 +21,40 @@ use crate::wire::mana::{
 /// Handle of vPort 0; the others follow.
 const VPORT_HANDLE: u64 = 0x7600_0000_0000_0000;
 
-fn handle_of(index: usize) -> u64 {
-    VPORT_HANDLE | index as u64
+fn handle_of(offer: &Profile, index: usize) -> u64 {
+    offer.port.handle.unwrap_or(VPORT_HANDLE).wrapping_add(index as u64)
+}
+
+/// How many vPorts the host shows.
+fn shown_ports(card: &Card, offer: &Profile) -> u16 {
+    offer.adapter.ports.unwrap_or(card.config.vports.len() as u16)
 }
 
 /// Index of the vPort with this handle.
 ///
 /// # Errors
 /// There is none.
-pub fn index_of(card: &Card, handle: u64) -> Result<usize, CommandError> {
-    let index = (handle & 0xffff_ffff) as usize;
-    let index = Some(index).filter(|&index| index < card.vports.len() && handle_of(index) == handle);
+pub fn index_of(card: &Card, offer: &Profile, handle: u64) -> Result<usize, CommandError> {
+    let index = handle.wrapping_sub(handle_of(offer, 0));
+    let known = (card.vports.len() as u64).min(shown_ports(card, offer).into());
+    let index = Some(index).filter(|&index| index < known).map(|index| index as usize);
     index.ok_or_else(|| CommandError::not_found(format!("there is no vPort {handle:#x}")))
 }
 
 /// MANA_QUERY_DEV_CONFIG. Answered before the device is registered, too: newer drivers ask twice.
 pub fn query_dev_config(context: &mut Context<'_>, message: &Message<'_, QueryDevConfig>) -> CommandResult {
     for_mana(message)?;
-    let config = &context.card.config;
-    let frame = config.mtu.saturating_add(ETHERNET_HEADER as u16);
+    let (limits, shown) = (context.card.queues.limits(), &context.offer.adapter);
+    let frame = context.card.config.mtu.saturating_add(ETHERNET_HEADER as u16);
     let reply = QueryDevConfigReply {
-        pf_cap_flags1: U64::new(PF_CAP_COALESCES_8),
-        max_num_vports: U16::new(config.vports.len() as u16),
-        max_num_eqs: U32::new(context.card.queues.limits().eqs - 1),
-        adapter_mtu: frame.into(),
+        pf_cap_flags1: U64::new(shown.pf_flags.unwrap_or(PF_CAP_COALESCES_8)),
+        max_num_vports: U16::new(shown_ports(context.card, context.offer)),
+        bm_hostmode: shown.host_mode.unwrap_or(0),
+        max_num_eqs: U32::new(shown.max_eqs.unwrap_or(limits.eqs - limits.first.eq)),
+        adapter_mtu: shown.mtu.unwrap_or(frame).into(),
         ..QueryDevConfigReply::default()
     };
-    Ok(Reply::new(&reply).in_version(3))
+    Ok(Reply::new(&reply).in_version(shown.version.unwrap_or(3)))
 }
 
 /// MANA_QUERY_VPORT_CONFIG.
@@ -54,14 +62,19 @@ pub fn query_config(context: &mut Context<'_>, message: &Message<'_, QueryVportC
     for_mana(message)?;
     let index = message.body.vport_index.get() as usize;
     let vport = context.card.config.vports.get(index).zip(context.card.vports.get(index));
+    let vport = vport.filter(|_| index < usize::from(shown_ports(context.card, context.offer)));
+    let shown = &context.offer.port;
     let (limits, vport) =
         vport.ok_or_else(|| CommandError::not_found(format!("there is no vPort {index}")))?;
     Ok(Reply::new(&QueryVportConfigReply {
-        max_num_sq: u32::from(limits.max_queues).into(),
-        max_num_rq: u32::from(limits.max_queues).into(),
-        num_indirection_ent: u32::from(context.card.config.indirection_entries).into(),
+        max_num_sq: shown.max_sq.unwrap_or(limits.max_queues.into()).into(),
+        max_num_rq: shown.max_rq.unwrap_or(limits.max_queues.into()).into(),
+        num_indirection_ent: shown
+            .indirection_entries
+            .unwrap_or(context.card.config.indirection_entries.into())
+            .into(),
         mac_addr: vport.mac,
-        vport: U64::new(handle_of(index)),
+        vport: U64::new(handle_of(context.offer, index)),
         ..QueryVportConfigReply::default()
     }))
 }
@@ -71,7 +84,7 @@ pub fn query_config(context: &mut Context<'_>, message: &Message<'_, QueryVportC
 pub fn config_tx(context: &mut Context<'_>, message: &Message<'_, ConfigVportTx>) -> CommandResult {
     for_registered_mana(context, message)?;
     let request = message.body;
-    let index = index_of(context.card, request.vport.get())?;
+    let index = index_of(context.card, context.offer, request.vport.get())?;
     let page = context.objects.owned_page(Device::Mana, request.doorbell_pageid.get())?;
     if !context.objects.knows_pd(request.pdid.get()) {
         return Err(CommandError::not_found(format!("there is no protection domain {}", request.pdid)));
@@ -87,7 +100,7 @@ pub fn config_tx(context: &mut Context<'_>, message: &Message<'_, ConfigVportTx>
 /// MANA_CONFIG_VPORT_RX. What is switched off delivers nothing more when the response is sent.
 pub fn config_rx(context: &mut Context<'_>, message: &Message<'_, ConfigVportRx>) -> CommandResult {
     for_registered_mana(context, message)?;
-    let index = index_of(context.card, message.body.vport.get())?;
+    let index = index_of(context.card, context.offer, message.body.vport.get())?;
     let update = rx_update(context.objects, index, message)?;
     let Some(vport) = context.card.vports.get(index) else { return Ok(Reply::empty()) };
     vport.configure_rx(&update)?;

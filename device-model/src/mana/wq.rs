@@ -28,7 +28,7 @@ pub fn create(context: &mut Context<'_>, message: &Message<'_, CreateWqObj>) -> 
     for_registered_mana(context, message)?;
     let request = message.body;
     let kind = kind(request.wq_type.get())?;
-    let vport = vport::index_of(context.card, request.vport.get())?;
+    let vport = vport::index_of(context.card, context.offer, request.vport.get())?;
     let page = context.objects.bindings.get(&vport).map(|binding| binding.page);
     let page = page.ok_or_else(|| CommandError::wrong_state(format!("vPort {vport} is not configured")))?;
     check_limit(context, kind, vport)?;
@@ -98,8 +98,13 @@ fn moderation(message: &Message<'_, CreateWqObj>) -> Option<Moderation> {
 /// A vPort has no more queues of a kind than MANA_QUERY_VPORT_CONFIG said.
 fn check_limit(context: &Context<'_>, kind: WqKind, vport: usize) -> Result<(), CommandError> {
     let limit = context.card.config.vports.get(vport).map_or(0, |config| config.max_queues);
+    let shown = match kind {
+        WqKind::Send => context.offer.port.max_sq,
+        WqKind::Receive => context.offer.port.max_rq,
+    };
+    let limit = u32::from(limit).min(shown.unwrap_or(u32::MAX));
     let pairs = context.objects.wqs.iter().filter(|pair| pair.kind == kind && pair.vport == vport);
-    match pairs.count() < usize::from(limit) {
+    match pairs.count() < limit as usize {
         true => Ok(()),
         false => Err(CommandError::exhausted(format!("vPort {vport} has its {limit} queues"))),
     }

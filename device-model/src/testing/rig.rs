@@ -16,7 +16,7 @@ use crate::doors::{
 };
 use crate::observe::Tracer;
 use crate::pci::msix::Msix;
-use crate::queues::{Core, Limits, Queues, WqObject};
+use crate::queues::{Core, FirstIds, Limits, Queues, WqObject};
 use crate::region::{PAGE_SIZE, Region, RingMemory};
 use crate::ring::{CompletionQueue, EventQueue, WorkQueue};
 use crate::rules::Rules;
@@ -118,7 +118,7 @@ impl Rig {
             host: Arc::default(),
             timers: Timers::new(0),
         };
-        let limits = Limits { eqs: 2, cqs: 4096, sqs: 4096, rqs: 4096 };
+        let limits = Limits { eqs: 2, cqs: 4096, sqs: 4096, rqs: 4096, first: FirstIds::default() };
         let queues = Queues::new(Arc::new(core), limits);
         let port = Arc::new(TestPort { capabilities, ..TestPort::default() });
         let vports = [Vport::new([2, 0, 0, 0, 0, 1], port.clone(), 1500)];

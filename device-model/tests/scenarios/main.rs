@@ -9,6 +9,7 @@ mod moderation;
 mod msix_table;
 mod pci;
 mod ports;
+mod profiles;
 mod receive;
 mod restore;
 mod send;
