@@ -16,7 +16,7 @@ use super::message::{self, Message};
 use super::model::{MANA, Wq};
 use super::port::{BUFFERS, CQ, Registration, WQ};
 use super::queues::buffer;
-use super::ram::{PAGE, PAGES, address};
+use super::ram::{PAGE, address};
 use crate::gdma::code as gdma;
 use crate::mana::code as mana;
 use crate::packet::{Flow, Protocol, tagged};
@@ -312,7 +312,7 @@ impl Driver<'_> {
             21 => {
                 let count = 1 + index % 3;
                 let pages: [u64; 3] =
-                    std::array::from_fn(|more| address(FREE + (place + more) % (PAGES - FREE)));
+                    std::array::from_fn(|more| address(FREE + (place + more) % (BUFFERS - FREE)));
                 if !pages.iter().any(|&page| ram.is_granted(&(page..page + PAGE as u64))) {
                     pages.iter().take(count).for_each(|&page| ram.clear(page));
                 }
@@ -320,7 +320,7 @@ impl Driver<'_> {
             }
             22 => {
                 let region = model.regions.get(index % model.regions.len().max(1));
-                let page = address(FREE + place % (PAGES - FREE));
+                let page = address(FREE + place % (BUFFERS - FREE));
                 region.map(|region| message::add_pages(region.handle, &[page]))
             }
             23 => {
@@ -424,5 +424,3 @@ fn make_frame(kind: u8) -> Vec<u8> {
     let bytes = flow.frame(protocol, &[7; 40][..usize::from(kind >> 3 & 3) * 12]);
     if kind & 4 == 0 { bytes } else { tagged(&bytes, 0x6123) }
 }
-
-const _: () = assert!(BUFFERS < PAGES);

@@ -234,7 +234,7 @@ impl Machine {
     /// Write to a BAR.
     pub fn bar_write(&mut self, bar: u8, offset: u64, data: &[u8]) {
         let aligned = matches!(data.len(), 4 | 8) && offset.is_multiple_of(data.len() as u64);
-        if bar == MSIX_BAR && offset + (data.len() as u64) <= VECTORS as u64 * 16 && aligned {
+        if bar == MSIX_BAR && offset < VECTORS as u64 * 16 && aligned {
             for (at, bytes) in data.chunks_exact(4).enumerate() {
                 self.vectors.table(offset as usize + 4 * at, dword(bytes, 0));
             }
@@ -319,7 +319,7 @@ impl Machine {
     /// The guest is about to complete a shared-memory request with a write of `data` at `offset`. What the driver had
     /// ends; what a new channel needs is granted.
     fn expect_request(&mut self, offset: u64, data: &[u8]) -> Option<u64> {
-        if offset < SHM.start || offset + data.len() as u64 != SHM.end {
+        if offset < SHM.start || offset.checked_add(data.len() as u64) != Some(SHM.end) {
             return None;
         }
         let mut window = [0; 32];

@@ -124,9 +124,9 @@ impl Model {
     pub fn has_device(&self, device: u16) -> bool {
         self.devices.get(usize::from(device)).is_some_and(|&is| is)
     }
-    /// The card reads `range` from now on.
+    /// The card reads `range` from now on, and the driver writes there for this alone.
     pub fn reads(&mut self, ram: &mut Ram, holder: Holder, range: Range<u64>) {
-        if ram.is_granted(&range) {
+        if ram.is_granted(&range) || self.is_read(&range) {
             self.lose(ram);
         }
         self.reads.push((holder, range));
@@ -269,10 +269,17 @@ impl Model {
             known.handle == handle || known.cq == cq || known.is_send == is_send && known.wq == wq
         };
         assert!(!self.wqs.iter().any(same), "two queues have one id");
-        for range in wq_region.ring(wq_size).filter(|_| !is_send) {
+        if wq_size.max(cq_size) as usize > PAGE {
+            // This driver's rings lie in one page.
+            self.lose(ram);
+        }
+        for range in wq_region.ring(wq_size) {
             self.reads(ram, Holder::Wq(handle), range);
         }
         for range in cq_region.ring(cq_size) {
+            if !self.lost && !ram.is_granted(&range) && !self.is_read(&range) {
+                ram.clear(range.start);
+            }
             self.grant_ring(ram, Holder::Wq(handle), range);
         }
         let first = |region: &Region| region.pages.first().copied().unwrap_or_default();
@@ -325,5 +332,3 @@ fn bits(first: u32, count: u32) -> u64 {
 fn list(request: &[u8], at: usize, count: u32) -> Vec<u64> {
     (0..count as usize).map(|index| qword(request, at + 8 * index)).collect()
 }
-
-const _: () = assert!(PAGE == 4096);

@@ -19,8 +19,10 @@ pub struct Registration {
 const PAIRS: usize = 2;
 /// Pages of its rings: the event queue, and two for each queue.
 pub const RINGS: usize = 1 + 4 * PAIRS;
-/// First page that is no ring.
-pub const BUFFERS: usize = FREE + RINGS;
+/// Pages for rings that are made later.
+const SPARE: usize = 4;
+/// First page that is never a ring. The next stretch of RAM begins behind it.
+pub const BUFFERS: usize = FREE + RINGS + SPARE;
 /// Bytes of a work queue's ring.
 pub const WQ: u32 = 1024;
 /// Bytes of a completion queue's ring.

@@ -159,7 +159,10 @@ fn raw_doorbell(machine: &mut Machine, wq: &Wq, register: u8, tail: u32, page: u
         6 => (0x408, id(wq.wq)),
         _ => (doorbell::CQ, 0),
     };
-    // Nobody knows any more what was asked for.
+    // Nobody knows any more what was asked for, nor, behind the last WQE, what a receive queue finds.
+    if register == doorbell::RQ {
+        machine.model.lose(&mut machine.ram);
+    }
     machine.model.wqs.iter_mut().for_each(|wq| wq.asked = u64::MAX / 2);
     machine.ring(page, register, id | u64::from(tail) << 32);
 }

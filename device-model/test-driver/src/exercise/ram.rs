@@ -11,9 +11,9 @@ use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
 pub const PAGE: usize = 4096;
 /// First page of each stretch of RAM, and how many: two that touch, so that a buffer can lie across them, and one
 /// with all address bits in use.
-const STRETCHES: [(u64, usize); 3] = [(0x10_0000, 16), (0x11_0000, 4), (0xfff7_0000_0000_0000, 1)];
+const STRETCHES: [(u64, usize); 3] = [(0x10_0000, 20), (0x11_4000, 4), (0xfff7_0000_0000_0000, 1)];
 /// Pages in all.
-pub const PAGES: usize = 21;
+pub const PAGES: usize = 25;
 
 /// Bus address of page `index`, modulo the number of pages.
 pub fn address(index: usize) -> u64 {
@@ -108,15 +108,15 @@ impl Ram {
             }
         }
     }
-    /// The driver reads, inside one page.
+    /// The driver reads; what is not RAM reads as 0.
     pub fn read<const N: usize>(&self, address: u64) -> [u8; N] {
         let mut bytes = [0; N];
-        self.memory.read_slice(&mut bytes, GuestAddress(address)).expect("RAM");
+        self.read_into(address, &mut bytes);
         bytes
     }
-    /// The driver reads, wherever there is RAM; behind it stands 0.
+    /// As [`read`](Self::read), into `bytes`, where what is not RAM stays as it is.
     pub fn read_into(&self, address: u64, bytes: &mut [u8]) {
-        // What could not be read stays as it was.
+        // An error says that there was less RAM than that.
         let _ = self.memory.read_slice(bytes, GuestAddress(address));
     }
     /// From now on the card may write to `range`.
@@ -212,7 +212,7 @@ mod tests {
             assert_eq!(index_of(address(index) + 4095), Some(index));
         }
         assert_eq!(index_of(0), None);
-        assert_eq!(index_of(address(19) + 4096), None);
+        assert_eq!(index_of(address(23) + 4096), None);
     }
 
     #[test]
@@ -231,9 +231,9 @@ mod tests {
     #[test]
     fn a_reset_leaves_nothing() {
         let (mut ram, fresh) = (Ram::default(), Ram::default());
-        ram.write(address(15) + 4000, &[1; 200]);
+        ram.write(address(19) + 4000, &[1; 200]);
         ram.grant_all();
-        ram.memory.write_slice(&[7; 4096], GuestAddress(address(20))).unwrap();
+        ram.memory.write_slice(&[7; 4096], GuestAddress(address(24))).unwrap();
         ram.check();
         assert_ne!(ram.digest(PAGES), fresh.digest(PAGES));
         ram.reset();
