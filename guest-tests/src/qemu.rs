@@ -174,6 +174,7 @@ fn server_arguments(order: &Order<'_>, sockets: &[PathBuf]) -> Vec<String> {
     sockets.iter().for_each(|socket| option("socket", socket.display().to_string()));
     order.machine.netdevs.iter().for_each(|netdev| option("netdev", netdev.clone()));
     order.machine.devices.iter().for_each(|device| option("device", Place::split(device).1));
+    order.machine.pcap_options(order.folder).into_iter().for_each(|pcap| option("pcap", pcap));
     option("trace", order.folder.join("trace.jsonl").display().to_string());
     arguments
 }

@@ -244,6 +244,7 @@ impl Job {
         if !append.is_empty() {
             option("append", append);
         }
+        machine.pcap_options(folder).into_iter().for_each(|pcap| option("pcap", pcap));
         option("timeout", machine.timeout.to_string());
         option("trace", file("trace.jsonl"));
         option("console", file("console"));

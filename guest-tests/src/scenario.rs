@@ -84,12 +84,22 @@ pub struct Machine {
     pub devices: Vec<String>,
     /// Each a `--netdev`; a device without one gets a peer.
     pub netdevs: Vec<String>,
+    /// Netdevs of which everything that passes is kept in `ID.pcap`, beside the run's other files.
+    pub pcaps: Vec<String>,
     /// Each a `--disk` of 16 MiB that begins with this text.
     pub disks: Vec<String>,
     /// `--append`.
     pub append: String,
     /// Seconds.
     pub timeout: u64,
+}
+
+impl Machine {
+    /// Values of `--pcap`.
+    pub fn pcap_options(&self, folder: &Path) -> Vec<String> {
+        let value = |id: &String| format!("{id}={}", folder.join(format!("{id}.pcap")).display());
+        self.pcaps.iter().map(value).collect()
+    }
 }
 
 impl Default for Machine {
@@ -99,6 +109,7 @@ impl Default for Machine {
             memory: "512M".to_owned(),
             devices: vec!["mana".to_owned()],
             netdevs: Vec::new(),
+            pcaps: Vec::new(),
             disks: Vec::new(),
             append: String::new(),
             timeout: 400,
