@@ -29,6 +29,9 @@ use modules::{Module, ModuleFolder};
 /// panics, and the clock that wakes it from suspend.
 const USEFUL: [&str; 3] = ["af_packet", "pvpanic_mmio", "rtc_cmos"];
 
+/// Modules that a guest with a NIC may ask for (`ip link add ... type vlan`), which are not loaded at start.
+const ON_DEMAND: [&str; 1] = ["8021q"];
+
 /// Commands of busybox that kernels and scripts call by path; its shell finds the others by itself.
 const APPLETS: [&str; 6] = ["sh", "modprobe", "rmmod", "udhcpc", "ip", "ping"];
 
@@ -36,24 +39,30 @@ const APPLETS: [&str; 6] = ["sh", "modprobe", "rmmod", "udhcpc", "ip", "ping"];
 const VERBS: &[&str] = &[
     "bench-net",
     "bind",
+    "datagrams",
     "dhcp",
     "echo-tcp",
     "echo-udp",
     "establish-again",
+    "ethtool",
     "flr",
     "functions",
     "link-up",
     "link-wait",
     "log-check",
     "mana-agent",
+    "namespace",
+    "offloads",
     "queues",
     "rebind",
     "reload",
     "suspend",
     "topology",
+    "transfer",
     "udhcpc-script",
     "unbind",
     "vectors",
+    "xdp",
 ];
 
 /// Builds the archive for `config`.
@@ -72,6 +81,9 @@ pub fn build(config: &VmConfig) -> Result<Vec<u8>> {
     let driver = driver_modules(config, &kernel)?;
     let loaded = kernel.closure(&[useful.as_slice(), &virtio_modules(config), &driver].concat())?;
     let (first, driver) = split_at_driver(&loaded);
+    let mut on_demand = kernel.closure(&on_demand_modules(config, &kernel))?;
+    on_demand.retain(|module| loaded.iter().all(|other| other.name != module.name));
+    let carried: Vec<&Module> = loaded.iter().chain(&on_demand).collect();
 
     let mut archive = Archive::new(Vec::new());
     let home = format!("/lib/modules/{}", kernel.version());
@@ -89,11 +101,11 @@ pub fn build(config: &VmConfig) -> Result<Vec<u8>> {
     for folder in ["/proc", "/sys", "/tmp", "/run"] {
         archive.dir(folder, 0o755)?;
     }
-    for module in &loaded {
+    for module in &carried {
         archive.file(&format!("{home}/{}", file_name(module)), 0o644, &module.image)?;
     }
-    archive.file(&format!("{home}/modules.dep"), 0o644, dependencies(&loaded).as_bytes())?;
-    archive.file(&format!("{home}/modules.alias"), 0o644, aliases(&loaded).as_bytes())?;
+    archive.file(&format!("{home}/modules.dep"), 0o644, dependencies(&carried).as_bytes())?;
+    archive.file(&format!("{home}/modules.alias"), 0o644, aliases(&carried).as_bytes())?;
     let path = |module: &Module| format!("{home}/{}", file_name(module));
     let orders = json!({
         "modules": first.iter().map(path).collect::<Vec<_>>(),
@@ -129,6 +141,12 @@ fn virtio_modules(config: &VmConfig) -> Vec<&'static str> {
     if drivers.is_empty() { drivers } else { [vec!["virtio_pci"], drivers].concat() }
 }
 
+/// Names of the modules that may be asked for; a kernel that lacks one refuses what needs it.
+fn on_demand_modules(config: &VmConfig, kernel: &ModuleFolder) -> Vec<&'static str> {
+    let wanted = |name: &&str| !config.nics.is_empty() && kernel.contains(name);
+    ON_DEMAND.into_iter().filter(wanted).collect()
+}
+
 /// The modules that come before `mana` and can be loaded unseen, and the rest.
 fn split_at_driver(loaded: &[Module]) -> (&[Module], &[Module]) {
     let at = loaded.iter().position(|module| module.name == "mana").unwrap_or(loaded.len());
@@ -147,8 +165,8 @@ fn file_name(module: &Module) -> String {
 }
 
 /// `modules.dep` (depmod(8)): each file, then what it needs, the nearest first.
-fn dependencies(modules: &[Module]) -> String {
-    let line = |module: &Module| {
+fn dependencies(modules: &[&Module]) -> String {
+    let line = |module: &&Module| {
         let mut needed = Vec::new();
         add_needs(module, modules, &mut needed);
         let needed: String = needed.iter().map(|module| format!(" {}", file_name(module))).collect();
@@ -157,7 +175,7 @@ fn dependencies(modules: &[Module]) -> String {
     modules.iter().map(line).collect()
 }
 
-fn add_needs<'a>(module: &Module, modules: &'a [Module], needed: &mut Vec<&'a Module>) {
+fn add_needs<'a>(module: &Module, modules: &[&'a Module], needed: &mut Vec<&'a Module>) {
     for name in &module.depends {
         let Some(found) = modules.iter().find(|other| other.name == *name) else { continue };
         needed.retain(|other| other.name != *name);
@@ -167,7 +185,7 @@ fn add_needs<'a>(module: &Module, modules: &'a [Module], needed: &mut Vec<&'a Mo
 }
 
 /// `modules.alias` (depmod(8)).
-fn aliases(modules: &[Module]) -> String {
+fn aliases(modules: &[&Module]) -> String {
     let line = |module: &Module, alias: &str| format!("alias {alias} {}\n", module.name);
     modules.iter().flat_map(|module| module.aliases.iter().map(move |alias| line(module, alias))).collect()
 }
@@ -225,13 +243,14 @@ mod tests {
             module("ib", &["core"]),
             module("mana_ib", &["mana", "ib", "builtin"]),
         ];
-        let lines = dependencies(&modules);
+        let carried: Vec<&Module> = modules.iter().collect();
+        let lines = dependencies(&carried);
         assert_eq!(
             lines,
             "kernel/core.ko:\nkernel/mana.ko: kernel/core.ko\nkernel/ib.ko: kernel/core.ko\n\
              kernel/mana_ib.ko: kernel/mana.ko kernel/ib.ko kernel/core.ko\n"
         );
-        assert_eq!(aliases(&modules[1..2]), "alias pci:mana* mana\n");
+        assert_eq!(aliases(&carried[1..2]), "alias pci:mana* mana\n");
         let (first, driver) = split_at_driver(&modules);
         assert_eq!((first.len(), driver.len()), (1, 3));
     }

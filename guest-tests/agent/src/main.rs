@@ -4,10 +4,13 @@
 //! to (or a shell) and powers off ([`init`]). Under any other name it is a command ([`verbs`]) that prints one JSON
 //! object and exits 1, with a sentence on stderr, when something is not as it must be.
 
+mod bpf;
 mod channel;
+mod ethtool;
 mod function;
 mod init;
 mod map;
+mod namespace;
 mod net;
 mod sys;
 mod verbs;

@@ -113,7 +113,8 @@ fn socket() -> Result<Socket> {
     Ok(Socket::new(Domain::IPV4, Type::DGRAM, None)?)
 }
 
-fn request(interface: &str) -> libc::ifreq {
+/// An `ifreq` that names `interface`.
+pub fn request(interface: &str) -> libc::ifreq {
     // SAFETY: all zeros is a valid ifreq.
     let mut request: libc::ifreq = unsafe { std::mem::zeroed() };
     for (to, from) in request.ifr_name.iter_mut().zip(interface.bytes().take(libc::IFNAMSIZ - 1)) {
@@ -122,21 +123,33 @@ fn request(interface: &str) -> libc::ifreq {
     request
 }
 
-fn ioctl(number: u64, request: &mut libc::ifreq) -> Result<()> {
+/// ioctl(2) on a socket of the calling thread's network; what it returns if that is no error.
+pub fn ioctl(number: u64, request: &mut libc::ifreq) -> Result<libc::c_int> {
     let socket = socket()?;
-    // SAFETY: the socket is open, and the numbers used in this file take an ifreq.
+    // SAFETY: the socket is open, and the numbers used in this program's network files take an ifreq.
     let result = unsafe { libc::ioctl(socket.as_raw_fd(), number as _, &raw mut *request) };
-    if result < 0 { Err(Error::last_os_error().into()) } else { Ok(()) }
+    if result < 0 { Err(Error::last_os_error().into()) } else { Ok(result) }
 }
 
 /// Sets IFF_UP.
 pub fn set_up(interface: &str) -> Result<()> {
     let mut request = request(interface);
+    let flags = flags(interface)?;
+    request.ifr_ifru.ifru_flags = flags | libc::IFF_UP as libc::c_short;
+    ioctl(libc::SIOCSIFFLAGS, &mut request).with_context(|| format!("{interface}: up"))?;
+    Ok(())
+}
+
+/// Is it up, with a carrier? For interfaces that sysfs does not show, in other namespaces.
+pub fn is_running(interface: &str) -> Result<bool> {
+    Ok(flags(interface)? & libc::IFF_RUNNING as libc::c_short != 0)
+}
+
+fn flags(interface: &str) -> Result<libc::c_short> {
+    let mut request = request(interface);
     ioctl(libc::SIOCGIFFLAGS, &mut request).with_context(|| format!("{interface}: flags"))?;
     // SAFETY: SIOCGIFFLAGS wrote the flags.
-    let flags = unsafe { request.ifr_ifru.ifru_flags };
-    request.ifr_ifru.ifru_flags = flags | libc::IFF_UP as libc::c_short;
-    ioctl(libc::SIOCSIFFLAGS, &mut request).with_context(|| format!("{interface}: up"))
+    Ok(unsafe { request.ifr_ifru.ifru_flags })
 }
 
 /// The IPv4 address, if it has one.
@@ -184,7 +197,8 @@ pub fn leased(event: &str) -> Result<()> {
     Ok(fs::write(Path::new(PEERS).join(interface), peer + "\n")?)
 }
 
-fn ip(arguments: &[&str]) -> Result<()> {
+/// Runs busybox's `ip` in the calling thread's network.
+pub fn ip(arguments: &[&str]) -> Result<()> {
     let output = Command::new("/bin/busybox").arg("ip").args(arguments).output().context("ip")?;
     if output.status.success() {
         return Ok(());
@@ -202,7 +216,8 @@ pub fn peer(interface: &str) -> Result<Ipv4Addr> {
 fn ethtool(interface: &str, command: &mut [u64]) -> Result<()> {
     let mut request = request(interface);
     request.ifr_ifru.ifru_data = command.as_mut_ptr().cast();
-    ioctl(libc::SIOCETHTOOL, &mut request).with_context(|| format!("{interface}: ethtool"))
+    ioctl(libc::SIOCETHTOOL, &mut request).with_context(|| format!("{interface}: ethtool"))?;
+    Ok(())
 }
 
 /// Buffer of an ethtool command: two 32-bit words, then 64-bit words.
@@ -230,6 +245,28 @@ pub fn counters(interface: &str) -> Result<BTreeMap<String, u64>> {
     let name =
         |bytes: &[u8]| CStr::from_bytes_until_nul(bytes).unwrap_or_default().to_string_lossy().into_owned();
     Ok(names.chunks_exact(STRING).map(name).zip(values.into_iter().skip(1)).collect())
+}
+
+/// Counters that each queue has, summed over the queues: `rx_3_packets` and its like as `rx_packets`.
+pub fn totals(counters: &BTreeMap<String, u64>) -> BTreeMap<String, u64> {
+    let mut totals = BTreeMap::new();
+    for (name, value) in counters {
+        let parts: Vec<&str> = name.splitn(3, '_').collect();
+        let [kind @ ("rx" | "tx"), queue, rest] = parts[..] else { continue };
+        if queue.parse::<usize>().is_ok() {
+            *totals.entry(format!("{kind}_{rest}")).or_default() += value;
+        }
+    }
+    totals
+}
+
+/// Packets of each queue of a MANA interface, wherever sysfs shows it: `(receive, transmit)`.
+pub fn mana_packets(counters: &BTreeMap<String, u64>) -> (Vec<u64>, Vec<u64>) {
+    let of = |kind: &str| {
+        let value = |queue: usize| counters.get(&format!("{kind}_{queue}_packets")).copied();
+        (0..).map_while(value).collect()
+    };
+    (of("rx"), of("tx"))
 }
 
 /// What drivers call the packets of a queue: mana, virtio_net before 6.4, virtio_net since.

@@ -15,6 +15,31 @@ pub fn mount(kind: &CStr, target: &CStr) -> Result<()> {
     check(unsafe { libc::mount(kind.as_ptr(), target.as_ptr(), kind.as_ptr(), 0, std::ptr::null()) })
 }
 
+/// mount(2) of what is at `source`, at `target` too.
+pub fn bind(source: &CStr, target: &CStr) -> Result<()> {
+    let nothing = std::ptr::null();
+    // SAFETY: two terminated strings, no kind, no data.
+    check(unsafe { libc::mount(source.as_ptr(), target.as_ptr(), nothing, libc::MS_BIND, nothing.cast()) })
+}
+
+/// unshare(2): the calling thread gets a network namespace of its own.
+pub fn new_network() -> Result<()> {
+    // SAFETY: changes only which network the thread sees.
+    check(unsafe { libc::unshare(libc::CLONE_NEWNET) })
+}
+
+/// setns(2): the calling thread goes over to a network namespace.
+pub fn enter_network(namespace: &File) -> Result<()> {
+    // SAFETY: an open file; changes only which network the thread sees.
+    check(unsafe { libc::setns(namespace.as_raw_fd(), libc::CLONE_NEWNET) })
+}
+
+/// The calling thread's number.
+pub fn thread_id() -> i32 {
+    // SAFETY: no arguments.
+    unsafe { libc::gettid() }
+}
+
 /// sethostname(2).
 pub fn set_host_name(name: &str) -> Result<()> {
     // SAFETY: the pointer and length are of one string.

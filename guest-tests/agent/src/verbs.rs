@@ -1,16 +1,22 @@
 //! The commands, one file each. What they find goes to standard output as one JSON object.
 
 mod bench;
+mod datagrams;
 mod echo;
 mod establish_again;
+mod ethtool;
 mod functions;
 mod host;
 mod log_check;
+mod namespace;
+mod offloads;
 mod power;
 mod rebind;
 mod reload;
 mod topology;
+mod transfer;
 mod vectors;
+mod xdp;
 
 use anyhow::{Result, bail};
 use pico_args::Arguments;
@@ -24,25 +30,31 @@ pub fn run(name: &str, mut arguments: Arguments) -> Result<()> {
     let report = match name {
         "bench-net" => bench::run(&mut arguments),
         "bind" => rebind::bind(&mut arguments),
+        "datagrams" => datagrams::run(&mut arguments),
         "dhcp" => each_interface(&mut arguments, net::ask_for_address),
         "echo-tcp" => echo::tcp(&mut arguments),
         "echo-udp" => echo::udp(&mut arguments),
         "establish-again" => establish_again::run(&mut arguments),
+        "ethtool" => ethtool::run(&mut arguments),
         "flr" => rebind::flr(&mut arguments),
         "functions" => functions::run(),
         "host" => return host::run(arguments),
         "link-up" => each_interface(&mut arguments, link_up),
         "link-wait" => each_interface(&mut arguments, net::wait_for_carrier),
         "log-check" => log_check::run(&mut arguments),
+        "namespace" => namespace::run(&mut arguments),
+        "offloads" => offloads::run(&mut arguments),
         "queues" => queues(&mut arguments),
         "rebind" => functions::rebind(&mut arguments),
         "reload" => reload::run(&mut arguments),
         "suspend" => power::suspend(&mut arguments),
         "topology" => topology::run(),
+        "transfer" => transfer::run(&mut arguments),
         "udhcpc-script" => return net::leased(&arguments.free_from_str::<String>()?),
         "unbind" => rebind::unbind(&mut arguments),
         "vectors" if arguments.contains("--table") => return vectors::table(),
         "vectors" => vectors::run(),
+        "xdp" => xdp::run(&mut arguments),
         _ => bail!("there is no such command"),
     }?;
     println!("{report}");

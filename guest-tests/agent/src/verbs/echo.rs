@@ -33,14 +33,14 @@ const PORTS: u16 = 40_000;
 const CHUNK: usize = 64 * 1024;
 
 /// A stream of bytes that the other end can't guess: xorshift64.
-struct Pattern(u64);
+pub(super) struct Pattern(u64);
 
 impl Pattern {
-    fn new(seed: u64) -> Self {
+    pub(super) fn new(seed: u64) -> Self {
         Self(0x9e37_79b9_7f4a_7c15 ^ (seed + 1))
     }
 
-    fn fill(&mut self, bytes: &mut [u8]) {
+    pub(super) fn fill(&mut self, bytes: &mut [u8]) {
         for chunk in bytes.chunks_mut(8) {
             self.0 ^= self.0 << 13;
             self.0 ^= self.0 >> 7;
@@ -230,7 +230,7 @@ pub fn udp(arguments: &mut Arguments) -> Result<Value> {
 }
 
 /// A number with K or M for powers of 1024.
-fn size(text: &str) -> Result<usize> {
+pub(super) fn size(text: &str) -> Result<usize> {
     let (number, unit) = match text.char_indices().last() {
         Some((at, 'k' | 'K')) => (&text[..at], 1 << 10),
         Some((at, 'm' | 'M')) => (&text[..at], 1 << 20),
