@@ -1,5 +1,7 @@
 //! What the simulated host does to commands: answers that are wrong, late, lost, or come twice.
 
+pub mod state;
+
 use zerocopy::IntoBytes;
 
 use crate::card::Card;

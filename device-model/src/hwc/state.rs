@@ -1,10 +1,10 @@
 //! What is kept of the hardware channel: its four queues. A request is answered as a whole or not begun.
-//! Answers that the simulated host has put off are lost, as its faults are.
 
 use serde::{Deserialize, Serialize};
 
 use super::Hwc;
 use super::faults::Late;
+use super::faults::state::LetterState;
 use crate::card::Card;
 use crate::command::Request;
 use crate::queues::{HWC_QUEUE, Slot};
@@ -23,6 +23,7 @@ pub struct HwcState {
     rq_tail: u32,
     cq: CompletionQueueState,
     eq: EventQueueState,
+    late: Vec<LetterState>,
 }
 
 /// A channel's state, checked.
@@ -38,7 +39,7 @@ impl Hwc {
     /// What is kept at `now_ns`.
     pub fn save(&self, card: &Card, now_ns: u64) -> Option<HwcState> {
         let queues = &card.queues;
-        let Self { sq, rq, request: _, response: _, wqe: _, buffer: _, late: _ } = self;
+        let Self { sq, rq, request: _, response: _, wqe: _, buffer: _, late } = self;
         Some(HwcState {
             sq: sq.save(),
             sq_tail: queues.sq(HWC_QUEUE).map_or(0, Slot::tail),
@@ -46,6 +47,7 @@ impl Hwc {
             rq_tail: queues.rq(HWC_QUEUE).map_or(0, Slot::tail),
             cq: queues.save_cq(HWC_QUEUE, now_ns)?,
             eq: queues.save_eq(HWC_QUEUE)?,
+            late: late.save(now_ns),
         })
     }
     /// Become what was checked, with all queues.
@@ -69,14 +71,15 @@ impl HwcState {
     pub fn build(&self, card: &Card, has_timer: bool, now_ns: u64) -> Result<Restored, StateError> {
         let cq = CompletionQueue::restore(&self.cq, card.queues.limits(), has_timer, now_ns)?;
         check(cq.parent_eq() == HWC_QUEUE, || "the channel's CQ has another EQ".into())?;
-        let channel = Self::channel(&self.sq, &self.rq)?;
+        let late = Late::restore(&self.late, now_ns)?;
+        let channel = Self::channel(&self.sq, &self.rq, late)?;
         let eq = EventQueue::restore(&self.eq, card.config.msix_table_size)?;
         let rings = [channel.sq.memory(), channel.rq.memory(), cq.memory(), eq.memory()];
         let whole = rings.iter().all(|ring| ring.page_addresses() == 1);
         check(whole, || "the channel's rings are a page each".into())?;
         Ok(Restored { channel, sq_tail: self.sq_tail, rq_tail: self.rq_tail, cq, eq })
     }
-    fn channel(sq: &WorkQueueState, rq: &WorkQueueState) -> Result<Hwc, StateError> {
+    fn channel(sq: &WorkQueueState, rq: &WorkQueueState, late: Late) -> Result<Hwc, StateError> {
         Ok(Hwc {
             sq: WorkQueue::restore_send(sq)?,
             rq: WorkQueue::restore_receive(rq)?,
@@ -84,7 +87,7 @@ impl HwcState {
             response: Box::new([0; MAX_MESSAGE]),
             wqe: Wqe::default(),
             buffer: Wqe::default(),
-            late: Late::default(),
+            late,
         })
     }
 }

@@ -24,6 +24,7 @@ pub struct TimerState {
 enum What {
     Moderation(u32),
     Shaping(u32),
+    Host,
 }
 
 /// Deadlines, checked.
@@ -51,6 +52,7 @@ impl TimerState {
             let (timer, known) = match state.what {
                 What::Moderation(cq) => (Timer::Moderation { cq }, cq < limits.cqs),
                 What::Shaping(sq) => (Timer::Shaping { sq }, sq < limits.sqs),
+                What::Host => (Timer::Host, true),
             };
             check(known, || format!("a deadline of {timer:?}"))?;
             Ok((now_ns.saturating_add(state.in_ns), timer))
@@ -65,16 +67,15 @@ impl Timers {
     pub fn save(&self, now_ns: u64) -> Vec<TimerState> {
         let mut all: Vec<_> = lock(&self.due).iter().map(|Reverse(entry)| *entry).collect();
         all.sort_unstable();
-        let save = |(at_ns, timer): (u64, Timer)| {
-            let what = match timer {
+        let save = |(at_ns, timer): (u64, Timer)| TimerState {
+            in_ns: at_ns.saturating_sub(now_ns),
+            what: match timer {
                 Timer::Moderation { cq } => What::Moderation(cq),
                 Timer::Shaping { sq } => What::Shaping(sq),
-                // What the simulated host has put off is not kept.
-                Timer::Host => return None,
-            };
-            Some(TimerState { in_ns: at_ns.saturating_sub(now_ns), what })
+                Timer::Host => What::Host,
+            },
         };
-        all.into_iter().filter_map(save).take(MAX_TIMERS).collect()
+        all.into_iter().take(MAX_TIMERS).map(save).collect()
     }
     /// Exactly these deadlines.
     pub fn load(&self, restored: Restored) {
