@@ -39,6 +39,7 @@ const APPLETS: [&str; 6] = ["sh", "modprobe", "rmmod", "udhcpc", "ip", "ping"];
 const VERBS: &[&str] = &[
     "bench-net",
     "bind",
+    "coverage",
     "datagrams",
     "dhcp",
     "echo-tcp",
@@ -47,6 +48,7 @@ const VERBS: &[&str] = &[
     "ethtool",
     "flr",
     "functions",
+    "host",
     "link-up",
     "link-wait",
     "log-check",
@@ -57,6 +59,7 @@ const VERBS: &[&str] = &[
     "rebind",
     "reload",
     "suspend",
+    "sweep",
     "topology",
     "transfer",
     "udhcpc-script",

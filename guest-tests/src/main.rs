@@ -3,7 +3,7 @@
 //! A scenario ([`scenario`]) is a TOML file; each runs on each guest it is for ([`guest`]) as a `mana-vmm` process
 //! ([`mod@run`]), in its own VMM or under QEMU ([`qemu`]). What it prints ([`transcript`], [`json`]), its trace
 //! ([`trace`]) and its console ([`crash`]) are compared with what the file says, and with a model of what drivers do
-//! with vectors ([`model`], [`matrix`]). The differences make a [`verdict`], and all verdicts the [`report`].
+//! with vectors ([`model`], [`matrix`]). A [`mod@sweep`] makes the host fail at one command after another. The differences make a [`verdict`], and all verdicts the [`report`].
 
 mod arguments;
 mod crash;
@@ -14,9 +14,11 @@ mod model;
 mod partition;
 mod progress;
 mod qemu;
+mod relay;
 mod report;
 mod run;
 mod scenario;
+mod sweep;
 mod trace;
 mod transcript;
 mod verdict;

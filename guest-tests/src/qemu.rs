@@ -16,6 +16,7 @@ use anyhow::{Context, Result, bail, ensure};
 
 use crate::guest::Guest;
 use crate::model::Topology;
+use crate::relay::{self, TERMINAL};
 use crate::scenario::Machine;
 
 /// Exit codes of `mana-vmm boot`, which a run under QEMU gets too, so that scenarios expect the same.
@@ -35,7 +36,7 @@ const CADENCE: Duration = Duration::from_millis(20);
 /// interrupts on a busy host, after which the guest calibrates its clocks for ever. On such a host the guest would also
 /// find its TSC unstable and turn to the ACPI timer, which stands still after a suspend to RAM until the agent has
 /// repaired what firmware leaves undone.
-const APPEND: &str = "console=ttyS0 panic=-1 mitigations=off random.trust_cpu=on tsc=reliable";
+const APPEND: &str = "console=ttyS0 panic=-1 oops=panic mitigations=off random.trust_cpu=on tsc=reliable";
 
 /// Finds a QEMU that has `vfio-user-pci`: the fetched one, else the system's.
 ///
@@ -110,11 +111,14 @@ pub fn run(order: &Order<'_>) -> Result<Output> {
     let folder = tempfile::tempdir().context("no folder for sockets")?;
     let sockets = (0..order.machine.devices.len()).map(|index| folder.path().join(index.to_string()));
     let sockets: Vec<PathBuf> = sockets.collect();
+    let (control, serial) = (folder.path().join("control"), folder.path().join("serial"));
     write_initramfs(order)?;
-    let mut server = Process::start("server", order.vmm, &server_arguments(order, &sockets), order.folder)?;
+    let arguments = server_arguments(order, &sockets, &control);
+    let mut server = Process::start("server", order.vmm, &arguments, order.folder)?;
     await_sockets(&sockets, &mut server)?;
-    let arguments = qemu_arguments(order, &sockets)?;
+    let arguments = qemu_arguments(order, &sockets, &serial)?;
     let mut qemu = Process::start("qemu", order.qemu, &arguments, order.folder)?;
+    relay::start(&serial, &control);
     let deadline = Instant::now() + Duration::from_secs(order.machine.timeout);
     let mut ended_early = None;
     while qemu.ended()?.is_none() {
@@ -168,13 +172,14 @@ fn write_initramfs(order: &Order<'_>) -> Result<()> {
     Ok(())
 }
 
-fn server_arguments(order: &Order<'_>, sockets: &[PathBuf]) -> Vec<String> {
+fn server_arguments(order: &Order<'_>, sockets: &[PathBuf], control: &Path) -> Vec<String> {
     let mut arguments = vec!["serve".to_owned(), "--once".to_owned()];
     let mut option = |name: &str, value: String| arguments.extend([format!("--{name}"), value]);
     sockets.iter().for_each(|socket| option("socket", socket.display().to_string()));
     order.machine.netdevs.iter().for_each(|netdev| option("netdev", netdev.clone()));
     order.machine.devices.iter().for_each(|device| option("device", Place::split(device).1));
     order.machine.pcap_options(order.folder).into_iter().for_each(|pcap| option("pcap", pcap));
+    option("control", control.display().to_string());
     option("trace", order.folder.join("trace.jsonl").display().to_string());
     arguments
 }
@@ -192,7 +197,7 @@ fn await_sockets(sockets: &[PathBuf], server: &mut Process) -> Result<()> {
     Ok(())
 }
 
-fn qemu_arguments(order: &Order<'_>, sockets: &[PathBuf]) -> Result<Vec<String>> {
+fn qemu_arguments(order: &Order<'_>, sockets: &[PathBuf], serial: &Path) -> Result<Vec<String>> {
     let machine = order.machine;
     let topology = Topology::parse(&machine.cpus)?;
     let file = |name: &str| order.folder.join(name).display().to_string();
@@ -225,8 +230,10 @@ fn qemu_arguments(order: &Order<'_>, sockets: &[PathBuf]) -> Result<Vec<String>>
     line.add("display", "none");
     line.add("kernel", order.guest.image().display().to_string());
     line.add("initrd", file("initrd"));
-    line.add("append", format!("{APPEND} {}", order.append));
+    line.add("append", format!("{APPEND} MANA_HOST={TERMINAL} {}", order.append));
     line.add("serial", format!("file:{}", file("console")));
+    line.add("chardev", format!("socket,id=host,path={},server=on,wait=off", serial.display()));
+    line.add("serial", "chardev:host");
     line.add("chardev", format!("file,id=agent,path={}", file("agent")));
     line.add("device", "isa-debugcon,iobase=0xe9,chardev=agent");
     add_functions(&mut line, machine, sockets)?;

@@ -15,7 +15,7 @@ use crate::report::Coverage;
 use crate::scenario::{DiskCheck, ExpectedFailure, Scenario, Step};
 use crate::trace::Trace;
 use crate::verdict::Verdict;
-use crate::{crash, json, qemu, transcript};
+use crate::{crash, json, qemu, sweep, transcript};
 
 /// Exit codes of `mana-vmm boot` that tell of the guest's death.
 const GUEST_DIED: [i32; 2] = [2, 3];
@@ -81,13 +81,18 @@ pub struct Outcome {
     pub repeated: Option<String>,
     /// What the driver made of each combination of limits.
     pub combinations: Vec<Combination>,
+    /// The points of a sweep, as the report has them.
+    pub sweep: Vec<serde_json::Value>,
     /// Which of the driver's functions were executed.
     pub coverage: Option<Coverage>,
 }
 
 impl Outcome {
-    fn new(verdict: Verdict, start: Instant) -> Self {
-        Self { verdict, duration: start.elapsed(), repeated: None, combinations: Vec::new(), coverage: None }
+    /// Of a run that began at `start` and shows no more than this.
+    pub fn new(verdict: Verdict, start: Instant) -> Self {
+        let duration = start.elapsed();
+        let (combinations, sweep) = (Vec::new(), Vec::new());
+        Self { verdict, duration, repeated: None, combinations, sweep, coverage: None }
     }
 }
 
@@ -125,6 +130,9 @@ impl Job {
         if let Some(reason) = self.skipped(settings) {
             return Outcome::new(Verdict::Skipped(reason), start);
         }
+        if let Some(sweep) = &self.scenario.sweep {
+            return sweep::run(self, sweep, settings);
+        }
         let mut result = self.attempt(settings);
         let repeated = result.as_ref().ok().and_then(Run::broken_ground);
         if repeated.is_some() {
@@ -146,7 +154,7 @@ impl Job {
     }
 
     /// What this kernel's own driver is known for.
-    fn expected_failure(&self, settings: &Settings) -> Option<&ExpectedFailure> {
+    pub fn expected_failure(&self, settings: &Settings) -> Option<&ExpectedFailure> {
         let guest = self.guest.as_ref()?.as_ref().ok()?;
         let is_for = |expected: &&ExpectedFailure| expected.guests.iter().any(|series| guest.is_of(series));
         if settings.driver.is_some() { None } else { self.scenario.expect_failure.iter().find(is_for) }
@@ -162,7 +170,8 @@ impl Job {
         settings.artefacts.join(name)
     }
 
-    fn attempt(&self, settings: &Settings) -> Result<Run> {
+    /// Boots the guest once.
+    pub fn attempt(&self, settings: &Settings) -> Result<Run> {
         let folder = self.folder(settings);
         let _ = fs::remove_dir_all(&folder);
         fs::create_dir_all(&folder).with_context(|| folder.display().to_string())?;
@@ -271,11 +280,19 @@ impl Job {
         steps
     }
 
+    /// All that was not as expected.
+    pub fn problems(&self, run: &Run, settings: &Settings) -> Vec<String> {
+        let mut found = Findings::default();
+        self.check(run, settings, &mut found);
+        found.problems
+    }
+
     /// Notes all that was not as expected.
     fn check(&self, run: &Run, settings: &Settings, found: &mut Findings) {
         let expect = &self.scenario.expect;
+        found.coverage = run.coverage();
         found.note(run.check_exit(expect.exit));
-        if let Some(report) = crash::report(&run.console).filter(|_| GUEST_DIED.contains(&run.code)) {
+        if let Some(report) = crash::report(&run.console).filter(|_| run.guest_died()) {
             found.problems.push(format!("{}\n{report}", crash::summary(&report)));
         }
         for text in &expect.stderr {
@@ -285,9 +302,6 @@ impl Job {
         if let Some(Ok(guest)) = &self.guest {
             for (number, step) in self.steps(settings).iter().enumerate() {
                 let result = transcript::result(&run.stdout, number);
-                if step.run == COVERAGE {
-                    found.coverage = result.and_then(|result| serde_json::from_str(result.stdout).ok());
-                }
                 let checked = self.check_step(step, result, guest, &run.trace, &mut found.combinations);
                 found.note(checked.with_context(|| format!("step '{}'", step.run)));
             }
@@ -389,15 +403,33 @@ impl Findings {
 }
 
 /// What came out.
-struct Run {
-    code: i32,
-    stdout: String,
+#[derive(Debug)]
+pub struct Run {
+    /// Exit code of `mana-vmm`.
+    pub code: i32,
+    /// Standard output of the guest's steps.
+    pub stdout: String,
     stderr: String,
-    console: String,
-    trace: Trace,
+    /// The kernel's console.
+    pub console: String,
+    /// The device's trace.
+    pub trace: Trace,
 }
 
 impl Run {
+    /// Did the kernel die, or not come to an end?
+    pub fn guest_died(&self) -> bool {
+        GUEST_DIED.contains(&self.code)
+    }
+
+    /// Which of the driver's functions were executed, if the guest tells.
+    pub fn coverage(&self) -> Option<Coverage> {
+        self.stdout
+            .lines()
+            .filter(|line| line.starts_with(r#"{"reached""#))
+            .find_map(|line| serde_json::from_str(line).ok())
+    }
+
     /// Why this run says nothing about the driver, if it doesn't.
     fn broken_ground(&self) -> Option<String> {
         if let Some(at) = self.stderr.find(EMULATOR_DIED) {

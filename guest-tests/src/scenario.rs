@@ -36,6 +36,8 @@ pub struct Scenario {
     pub expect_failure: Vec<ExpectedFailure>,
     /// Many functions with other limits each, in place of `machine.devices`.
     pub matrix: Option<Axes>,
+    /// One command after another fails, in place of steps.
+    pub sweep: Option<Sweep>,
     /// `mana-vmm` is called with exactly these arguments; no guest runs.
     #[serde(default)]
     pub arguments: Vec<String>,
@@ -48,6 +50,35 @@ pub struct Scenario {
     /// What must be seen from outside.
     #[serde(default)]
     pub expect: Expect,
+}
+
+/// `[sweep]`: an action during which the n-th command fails, for every n until it has no n-th.
+#[derive(Clone, Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Sweep {
+    /// What is done before the fault is set, if anything.
+    pub prepare: Option<String>,
+    /// What the fault strikes; it may fail.
+    pub action: String,
+    /// What must work afterwards, when the host is well again.
+    pub recover: String,
+    /// Faults, each of which is tried at every command, in the words of the simulated host.
+    #[serde(rename = "do")]
+    pub faults: Vec<String>,
+    /// Which commands count.
+    #[serde(default = "any_command")]
+    pub command: String,
+    /// Most commands that are struck.
+    #[serde(default = "many_commands")]
+    pub most: u32,
+}
+
+fn any_command() -> String {
+    "any".to_owned()
+}
+
+fn many_commands() -> u32 {
+    200
 }
 
 /// A defect of some kernels' own drivers. A run that does not show it has failed.
@@ -282,7 +313,8 @@ fn one_case(name: &str, table: &Table, case: &Table) -> Result<Scenario> {
     if !case.is_empty() {
         scenario.name = format!("{name} ({})", case_name(case));
     }
-    ensure!(scenario.has_guest() != scenario.step.is_empty(), "it needs either steps or arguments");
+    let has_work = !scenario.step.is_empty() || scenario.sweep.is_some();
+    ensure!(scenario.has_guest() == has_work, "it needs either steps or arguments");
     Ok(scenario)
 }
 

@@ -114,6 +114,22 @@ impl Trace {
         self.first(pattern)
     }
 
+    /// The command that the first fault after `mark` struck, or what else the trace says of the fault.
+    pub fn struck(&self, mark: &str) -> Option<String> {
+        let named = |event: &Map<String, Value>| {
+            event["event"] == "mark" && event.get("name").is_some_and(|name| name == mark)
+        };
+        // The last: a sweep may come to one point twice, in the run without a fault too.
+        let at = self.0.iter().rposition(named)?;
+        let after = &self.0[at + 1..];
+        let end = after.iter().position(|event| event["event"] == "mark").unwrap_or(after.len());
+        let fault = after[..end].iter().position(|event| event["event"] == "fault")?;
+        let commands = after[..=fault].iter().rev().chain(&after[fault + 1..end]);
+        let command =
+            commands.filter(|event| event["event"] == "hwc.request").find_map(|event| event.get("command"));
+        command.and_then(Value::as_str).map(str::to_owned)
+    }
+
     fn show(&self, at: Option<usize>) -> String {
         at.map(|at| Value::Object(self.0[at].clone()).to_string()).unwrap_or_default()
     }

@@ -7,11 +7,13 @@
 //! Where there is nobody, everything goes to the console, and so it does if the kernel's command line says
 //! `MANA_AGENT=console`: some nested machines let no program use a port, whatever the kernel allows (TCG's SVM with
 //! QEMU above it). A request to the simulated host is then a line `@mana-host REQUEST` on the console, and its answer
-//! a line `@mana-host-answer ANSWER` that comes in there.
+//! a line `@mana-host-answer ANSWER` that comes in there; or on the terminal that `MANA_HOST` names there, where the
+//! channel's port only takes frames.
 
 use std::arch::asm;
 use std::fs::{File, OpenOptions};
 use std::io::{BufRead, BufReader, Write};
+use std::path::Path;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use anyhow::{Context, Result, bail};
@@ -102,7 +104,12 @@ pub fn exits() -> Option<(u64, Option<u64>)> {
 pub fn ask_host(words: &[String]) -> Result<Value> {
     let request = json!({ "id": std::process::id(), "words": words }).to_string();
     let _asking = take();
-    let answer = if is_there() { ask_by_port(&request)? } else { ask_by_console(&request)? };
+    let terminal = std::env::var_os("MANA_HOST");
+    let answer = match terminal {
+        Some(terminal) => ask_by_terminal(&request, Path::new(&terminal))?,
+        None if is_there() => ask_by_port(&request)?,
+        None => ask_by_terminal(&request, Path::new("/dev/console"))?,
+    };
     serde_json::from_str(&answer).with_context(|| format!("not an answer: {answer:?}"))
 }
 
@@ -123,8 +130,9 @@ fn ask_by_port(request: &str) -> Result<String> {
     Ok(String::from_utf8_lossy(&answer).into_owned())
 }
 
-fn ask_by_console(request: &str) -> Result<String> {
-    let mut console = OpenOptions::new().read(true).write(true).open("/dev/console")?;
+fn ask_by_terminal(request: &str, terminal: &Path) -> Result<String> {
+    let open = OpenOptions::new().read(true).write(true).open(terminal);
+    let mut console = open.with_context(|| terminal.display().to_string())?;
     sys::stop_echo(&console)?;
     // A line of its own, whatever was written before.
     console.write_all(format!("\n{CONSOLE_REQUEST}{request}\n").as_bytes())?;

@@ -13,6 +13,7 @@ use anyhow::{Context, Result};
 use serde_json::{Value, json};
 
 use crate::channel::{self, Kind};
+use crate::verbs::coverage;
 use crate::{function, net, sys};
 
 /// How long output of a finished command's own children is waited for.
@@ -100,8 +101,15 @@ fn mount_all() {
 
 /// Loads the driver and brings its links up. What fails is reported, and the command runs all the same.
 fn start_driver(orders: &Orders) {
+    let wants_coverage = coverage::is_wanted();
+    if wants_coverage {
+        note("coverage", coverage::start());
+    }
     for file in &orders.driver {
         report_load("driver", file, load_file(file));
+    }
+    if wants_coverage {
+        note("coverage", coverage::keep_names());
     }
     for function in function::all() {
         channel::log("probe", function.describe());
@@ -113,6 +121,13 @@ fn start_driver(orders: &Orders) {
             report["error"] = format!("{error:#}").into();
         }
         channel::log("link", report);
+    }
+}
+
+/// Tells of what can't be done.
+fn note(stage: &str, result: Result<()>) {
+    if let Err(error) = result {
+        channel::log(stage, json!({ "error": format!("{error:#}") }));
     }
 }
 

@@ -1,6 +1,7 @@
 //! The commands, one file each. What they find goes to standard output as one JSON object.
 
 mod bench;
+pub mod coverage;
 mod datagrams;
 mod echo;
 mod establish_again;
@@ -13,6 +14,7 @@ mod offloads;
 mod power;
 mod rebind;
 mod reload;
+mod sweep;
 mod topology;
 mod transfer;
 mod vectors;
@@ -30,6 +32,8 @@ pub fn run(name: &str, mut arguments: Arguments) -> Result<()> {
     let report = match name {
         "bench-net" => bench::run(&mut arguments),
         "bind" => rebind::bind(&mut arguments),
+        "coverage" => coverage::run(),
+        "coverage-collect" => coverage::collect(),
         "datagrams" => datagrams::run(&mut arguments),
         "dhcp" => each_interface(&mut arguments, net::ask_for_address),
         "echo-tcp" => echo::tcp(&mut arguments),
@@ -48,6 +52,7 @@ pub fn run(name: &str, mut arguments: Arguments) -> Result<()> {
         "rebind" => functions::rebind(&mut arguments),
         "reload" => reload::run(&mut arguments),
         "suspend" => power::suspend(&mut arguments),
+        "sweep" => sweep::run(&mut arguments),
         "topology" => topology::run(),
         "transfer" => transfer::run(&mut arguments),
         "udhcpc-script" => return net::leased(&arguments.free_from_str::<String>()?),

@@ -90,7 +90,7 @@ impl Record {
             seconds: outcome.duration.as_secs_f64(),
             repeated: outcome.repeated.clone(),
             combinations: outcome.combinations.iter().map(Combination::describe).collect(),
-            sweep: Vec::new(),
+            sweep: outcome.sweep.clone(),
             coverage: outcome.coverage.clone(),
             evidence: if was_run { evidence::gather(&settings.vmm, &folder) } else { Evidence::default() },
         }

@@ -174,7 +174,8 @@ fn host(words: &[&str]) -> Result<Value> {
 fn ledger() -> Result<BTreeMap<String, u64>> {
     let answer = host(&["ledger"])?;
     let live = answer["ledger"].as_object().or(answer.as_object()).cloned().unwrap_or_default();
-    let number = |(kind, value): (String, Value)| value.as_u64().filter(|_| kind != "id").map(|value| (kind, value));
+    let number =
+        |(kind, value): (String, Value)| value.as_u64().filter(|_| kind != "id").map(|value| (kind, value));
     Ok(live.into_iter().filter_map(number).collect())
 }
 
@@ -190,7 +191,8 @@ fn shell(command: &str) -> Result<()> {
         return Ok(());
     }
     let output = std::fs::read("/tmp/sweep").unwrap_or_default();
-    let said: String = String::from_utf8_lossy(&output).trim().replace('\n', " / ").chars().take(LONGEST).collect();
+    let said: String =
+        String::from_utf8_lossy(&output).trim().replace('\n', " / ").chars().take(LONGEST).collect();
     match status {
         Some(status) => bail!("status {status}: {said}"),
         None => bail!("not over after {} s: {said}", PATIENCE.as_secs()),
