@@ -375,7 +375,6 @@ mod tests {
             control: None,
             console: None,
             timeout: None,
-            control: None,
         }
     }
 }
