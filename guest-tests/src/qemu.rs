@@ -34,9 +34,10 @@ const CADENCE: Duration = Duration::from_millis(20);
 
 /// The kernel's console is a file, and a guest that dies ends the run. HPET and i8042 are left out: TCG's HPET loses
 /// interrupts on a busy host, after which the guest calibrates its clocks for ever. On such a host the guest would also
-/// find its TSC unstable and turn to the ACPI timer, which stands still after a suspend to RAM until the agent has
-/// repaired what firmware leaves undone.
-const APPEND: &str = "console=ttyS0 panic=-1 oops=panic mitigations=off random.trust_cpu=on tsc=reliable";
+/// find its timer dead, and its TSC unstable and turn to the ACPI timer, which stands still after a suspend to RAM until
+/// the agent has repaired what firmware leaves undone.
+const APPEND: &str =
+    "console=ttyS0 panic=-1 oops=panic mitigations=off random.trust_cpu=on no_timer_check tsc=reliable";
 
 /// Finds a QEMU that has `vfio-user-pci`: the fetched one, else the system's.
 ///

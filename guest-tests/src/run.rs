@@ -431,7 +431,7 @@ impl Run {
     }
 
     /// Why this run says nothing about the driver, if it doesn't.
-    fn broken_ground(&self) -> Option<String> {
+    pub fn broken_ground(&self) -> Option<String> {
         if let Some(at) = self.stderr.find(EMULATOR_DIED) {
             return self.stderr[at..].lines().next().map(str::to_owned);
         }

@@ -33,7 +33,7 @@ pub fn run(job: &Job, sweep: &Sweep, settings: &Settings) -> Outcome {
     let start = Instant::now();
     let mut state = State { next: 1, ..State::default() };
     let mut guests = 0;
-    let mut coverage = None;
+    let (mut coverage, mut repeated) = (None, None);
     while state.done < sweep.faults.len() {
         if guests == MOST_GUESTS {
             state.problems.push(format!("{MOST_GUESTS} guests are used up, and the sweep is not over"));
@@ -42,6 +42,11 @@ pub fn run(job: &Job, sweep: &Sweep, settings: &Settings) -> Outcome {
         guests += 1;
         let guest_job = Job { scenario: with_steps(&job.scenario, sweep, &state), ..job.clone() };
         match guest_job.attempt(settings) {
+            // As with other runs, once.
+            Ok(run) if repeated.is_none() && run.broken_ground().is_some() => {
+                repeated = run.broken_ground();
+                continue;
+            }
             Ok(run) => {
                 let before = (state.done, state.next);
                 state.note(&run, sweep);
@@ -63,7 +68,7 @@ pub fn run(job: &Job, sweep: &Sweep, settings: &Settings) -> Outcome {
         }
     }
     let verdict = Verdict::judge(state.code, state.problems, job.expected_failure(settings));
-    Outcome { sweep: state.points, coverage, ..Outcome::new(verdict, start) }
+    Outcome { sweep: state.points, coverage, repeated, ..Outcome::new(verdict, start) }
 }
 
 /// The scenario with steps in place of the sweep: what is still to be done.
