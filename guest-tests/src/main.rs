@@ -23,8 +23,8 @@ mod trace;
 mod transcript;
 mod verdict;
 
-use std::path::PathBuf;
-use std::process::ExitCode;
+use std::path::{Path, PathBuf};
+use std::process::{self, ExitCode};
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Mutex, PoisonError};
 use std::time::Instant;
@@ -75,10 +75,11 @@ fn run(arguments: &Arguments) -> Result<Vec<Record>> {
     fs::create_dir_all(&arguments.report)
         .with_context(|| format!("--report {}", arguments.report.display()))?;
     let settings = Settings {
-        vmm,
+        vmm: vmm.clone(),
         lane,
         driver: arguments.driver.clone(),
         accel: arguments.accel.clone(),
+        nested: is_nested(&vmm, &arguments.accel)?,
         coverage: arguments.coverage,
         artefacts: arguments.report.clone(),
     };
@@ -92,6 +93,15 @@ fn run(arguments: &Arguments) -> Result<Vec<Record>> {
     println!("{}", report::closing_line(&records, start.elapsed()));
     println!("report: {}", arguments.report.join("report.html").display());
     Ok(records)
+}
+
+/// Would `mana-vmm boot` run a guest inside an emulated machine?
+fn is_nested(vmm: &Path, accel: &str) -> Result<bool> {
+    if accel != "auto" {
+        return Ok(accel == "nested");
+    }
+    let output = process::Command::new(vmm).arg("check").output().context("mana-vmm check")?;
+    Ok(!String::from_utf8_lossy(&output.stdout).contains("--accel auto runs guests on this machine's KVM"))
 }
 
 fn first_line(text: &str) -> &str {

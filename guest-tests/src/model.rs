@@ -27,12 +27,10 @@ pub enum Generation {
     /// 6.17 to 7.1: one first, then the others, hinted to cores in a second round.
     #[value(name = "6.17")]
     Growing,
-    /// 7.2 (7.2.12 was looked at): as before, but with a vector for each CPU the queues go to one CPU each; no more
-    /// vectors than the table has; each port has event queues of its own, which share vectors with other ports'.
+    /// Since 7.2 (7.2.12 was looked at): as before, but with a vector for each CPU the queues go to one CPU each; no more
+    /// vectors than the table has; each port has event queues of its own, which share vectors with other ports' only
+    /// where there are too few.
     #[value(name = "7.2")]
-    GrowingCpus,
-    /// Since 7.3: as before, but ports share vectors only where there are too few.
-    #[value(name = "7.3")]
     GrowingUnshared,
 }
 
@@ -48,8 +46,6 @@ impl Generation {
             Self::StaticCores
         } else if version < (7, 2) {
             Self::Growing
-        } else if version < (7, 3) {
-            Self::GrowingCpus
         } else {
             Self::GrowingUnshared
         })
@@ -58,11 +54,6 @@ impl Generation {
     /// Does it take vectors after the channel is up?
     pub fn grows(self) -> bool {
         !matches!(self, Self::StaticCpus | Self::StaticCores)
-    }
-
-    /// Does it hint each queue to one CPU where every CPU has a vector?
-    fn spreads_over_cpus(self) -> bool {
-        matches!(self, Self::GrowingCpus | Self::GrowingUnshared)
     }
 }
 
@@ -181,12 +172,10 @@ impl Limits {
 pub fn vectors(generation: Generation, topology: Topology, limits: Limits) -> usize {
     let vectors = match generation {
         Generation::StaticCpus | Generation::StaticCores => (topology.cpus.min(64) + 1).min(limits.table),
-        Generation::Growing | Generation::GrowingCpus | Generation::GrowingUnshared => {
-            (topology.cpus + 1).min(limits.max_msix)
-        }
+        Generation::Growing | Generation::GrowingUnshared => (topology.cpus + 1).min(limits.max_msix),
     };
     let vectors = match generation {
-        Generation::GrowingCpus | Generation::GrowingUnshared => vectors.min(limits.table),
+        Generation::GrowingUnshared => vectors.min(limits.table),
         // The first vector beyond the table can't be had, and that ends the probe.
         _ if vectors > limits.table => 0,
         _ => vectors,
@@ -211,9 +200,9 @@ pub fn hints(generation: Generation, topology: Topology, limits: Limits) -> Vec<
         return cores[..vectors].to_vec();
     }
     let first = if generation == Generation::StaticCores { single(0) } else { cores[0].clone() };
-    let queues: Vec<BTreeSet<usize>> = match generation.spreads_over_cpus() {
-        true => (0..cpus).map(|cpu| BTreeSet::from([cpu])).collect(),
-        false => cores,
+    let queues: Vec<BTreeSet<usize>> = match generation {
+        Generation::GrowingUnshared => (0..cpus).map(|cpu| BTreeSet::from([cpu])).collect(),
+        _ => cores,
     };
     [vec![first], queues[..vectors - 1].to_vec()].concat()
 }
@@ -403,11 +392,11 @@ mod tests {
     }
 
     #[test]
-    fn only_the_newest_mind_the_table_when_they_grow() {
+    fn only_the_newer_mind_the_table_when_they_grow() {
         let topology = Topology::parse("16").unwrap();
-        let growing = [Generation::Growing, Generation::GrowingCpus, Generation::GrowingUnshared];
-        assert_eq!(growing.map(|generation| vectors(generation, topology, limits(64, 8, None))), [0, 8, 8]);
-        assert_eq!(growing.map(|generation| vectors(generation, topology, limits(8, 8, None))), [8, 8, 8]);
+        let growing = [Generation::Growing, Generation::GrowingUnshared];
+        assert_eq!(growing.map(|generation| vectors(generation, topology, limits(64, 8, None))), [0, 8]);
+        assert_eq!(growing.map(|generation| vectors(generation, topology, limits(8, 8, None))), [8, 8]);
         assert_eq!(vectors(Generation::StaticCores, topology, limits(64, 8, None)), 8);
     }
 
@@ -444,7 +433,7 @@ mod tests {
         assert_eq!(of("6.12.117+deb13-cloud-amd64"), Generation::StaticCores);
         assert_eq!(of("6.16.3"), Generation::StaticCores);
         assert_eq!(of("6.18.15+deb13"), Generation::Growing);
-        assert_eq!(of("7.2.12+deb13-cloud-amd64"), Generation::GrowingCpus);
+        assert_eq!(of("7.2.12+deb13-cloud-amd64"), Generation::GrowingUnshared);
         assert_eq!(of("7.3.4+deb13-cloud-amd64"), Generation::GrowingUnshared);
         assert!(Generation::of_kernel("newest").is_err());
     }

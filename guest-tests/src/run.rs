@@ -21,6 +21,9 @@ use crate::{crash, json, qemu, sweep, transcript};
 const GUEST_DIED: [i32; 2] = [2, 3];
 /// Bytes of a disk.
 const DISK_SIZE: u64 = 16 << 20;
+/// Why a nested run does not try much of one kind.
+const TOO_SLOW: &str =
+    "it would take long in an emulated machine, which is what this one's KVM calls for; --vmm qemu runs it";
 /// The step that tells which of the driver's functions were executed.
 const COVERAGE: &str = "coverage";
 /// How `mana-vmm` begins its sentence when the machine around the guest's died, the guest not being to blame.
@@ -53,6 +56,8 @@ pub struct Settings {
     pub driver: Option<PathBuf>,
     /// `--accel`.
     pub accel: String,
+    /// The built-in VMM runs inside an emulated machine, since this one's KVM runs no guests.
+    pub nested: bool,
     /// Trace which functions of the driver are executed.
     pub coverage: bool,
     /// A folder for the files of each run.
@@ -117,7 +122,8 @@ impl Job {
             return Some(reason.clone());
         }
         if settings.lane == Lane::BuiltIn {
-            return None;
+            let too_slow = self.scenario.breadth && settings.nested;
+            return too_slow.then(|| TOO_SLOW.to_owned());
         }
         let own_vmm_only = self.scenario.built_in_only.as_deref();
         let reason = own_vmm_only.or_else(|| qemu::impossible(&self.scenario.machine))?;
@@ -435,7 +441,9 @@ impl Run {
         if let Some(at) = self.stderr.find(EMULATOR_DIED) {
             return self.stderr[at..].lines().next().map(str::to_owned);
         }
-        let early = GUEST_DIED.contains(&self.code) && !self.trace.shows_driver();
+        // The driver may die before it has read a register.
+        let shows_driver = self.trace.shows_driver() || self.console.contains("[mana]");
+        let early = self.guest_died() && !shows_driver;
         early.then(|| format!("the guest died before its driver was loaded (exit code {})", self.code))
     }
 

@@ -28,6 +28,9 @@ pub struct Scenario {
     pub vectors: Option<Growth>,
     /// Why it says nothing under another VMM than the built-in one, if it doesn't.
     pub built_in_only: Option<String>,
+    /// It tries much of one kind: not in nested runs, which take ten times as long as those under QEMU.
+    #[serde(default)]
+    pub breadth: bool,
     /// Only under `--full`.
     #[serde(default)]
     pub full: bool,

@@ -29,12 +29,7 @@ pub fn share(generation: Generation, topology: Topology, limits: Limits) -> Shar
     let of_all_ports = limits.max_queues * limits.ports;
     let most = topology.cpus.min(MOST).min(of_all_ports).min(usable - 1);
     if generation != Generation::GrowingUnshared {
-        let queues = most.min(limits.max_queues);
-        let event_queues = match generation {
-            Generation::GrowingCpus => (0..limits.ports).flat_map(|_| 1..=queues).collect(),
-            _ => (1..=most).collect(),
-        };
-        return Share { vectors, queues, event_queues };
+        return Share { vectors, queues: most.min(limits.max_queues), event_queues: (1..=most).collect() };
     }
     let budget = ((usable - 1) / limits.ports).max(1);
     let queues = most.min(DEFAULT.max(1 << budget.ilog2()));
@@ -77,7 +72,5 @@ mod tests {
             let share = share(generation, Topology::parse("8").unwrap(), limits);
             assert_eq!((share.queues, share.event_queues), (2, vec![1, 2, 3, 4]));
         }
-        let share = share(Generation::GrowingCpus, Topology::parse("8").unwrap(), limits);
-        assert_eq!((share.queues, share.event_queues), (2, vec![1, 2, 1, 2]));
     }
 }
