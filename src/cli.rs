@@ -42,9 +42,11 @@ pub enum Command {
     Serve(ServeArgs),
     /// Ask the simulated host of a running machine for something, and print its answer.
     ///
-    /// The words, and what they do: `fault add command=NAME|0xCODE|any [nth=N] [count=M|all] do=ACTION`, `fault list`,
-    /// `fault clear [ID]`, `mark NAME`, `commands`, `ledger`, `counters`, `rules`; in front of them `device=N` if the
-    /// machine has several. Exit code: 1 if it can't be done.
+    /// The words, and what they do: `fault add command=NAME|0xCODE|any|smc|eqe|cqe|msix|reg [nth=N] [count=M|all]
+    /// [queue=ID] do=ACTION`, `fault list`, `fault clear [ID]`; `event TYPE [port=N] [after=MS] [every=MS] [count=N]
+    /// [at-command=N]`, `event list`, `event stop [ID]`; `limits LIMIT=N...`, `profile NAME|FILE`, `profile list`;
+    /// `hostile SEED [rate=N] [at=WHERE]...`, `hostile stop`; `mark NAME`, `commands`, `ledger`, `counters`, `rules`; in
+    /// front of them `device=N` if the machine has several. Exit code: 1 if it can't be done.
     Ctl {
         /// The machine's --control.
         #[arg(value_name = "SOCKET")]
@@ -157,7 +159,8 @@ pub struct BootArgs {
     netdev: Vec<String>,
     #[allow(rustdoc::broken_intra_doc_links, reason = "the brackets of the help are no links")]
     /// Network device: mana[,netdev=ID]...[,mac=][,mtu=][,max-msix=][,msix-table=][,max-queues=][,node=]
-    /// [,slot=root|port][,workers=][,rdma=on|off][,strict=on|off][,profile=NAME|FILE]; one vPort for each netdev, a peer if there is none.
+    /// [,slot=root|port][,workers=][,rdma=on|off][,strict=on|off][,profile=NAME|FILE]
+    /// [,hostile=SEED[,rate=N][,at=completions|events|messages|registers]...]; one vPort for each netdev, a peer if there is none.
     /// Or virtio-net[,netdev=ID][,mac=][,mtu=][,workers=].
     #[arg(long, value_name = "mana|virtio-net[,KEY=VALUE]...")]
     device: Vec<String>,
@@ -332,6 +335,10 @@ mod tests {
             (vec!["--netdev=peer,id=a", "--device=mana,netdev=a", "--device=mana,netdev=a"], "--device"),
             (vec!["--device=mana,mac=01:00:00:00:00:00"], "--device"),
             (vec!["--device=mana,mtu=60"], "--device"),
+            (vec!["--device=mana,hostile=x"], "hostile must be a number"),
+            (vec!["--device=mana,hostile=1,rate=0"], "rate must be a number from 1"),
+            (vec!["--device=mana,hostile=1,at=home"], "at must be completions, events"),
+            (vec!["--device=mana,rate=7"], "hostile is missing"),
             (vec!["--device=mana,profile=none"], "there is no profile `none`, but default, azure-old"),
             (vec!["--device=mana,profile=/nowhere"], "profile: /nowhere"),
             (vec!["--device=mana,profile=/proc/self/status"], "profile: /proc/self/status: line 1: "),

@@ -3,7 +3,7 @@
 use std::ops::{Range, RangeInclusive};
 
 use crate::bar0;
-use crate::host::Profile;
+use crate::host::{Hostility, Profile};
 use crate::pci::msix;
 
 use serde::{Deserialize, Serialize};
@@ -92,6 +92,8 @@ pub struct DeviceConfig {
     pub link_speed_mbps: u32,
     /// What the host shows, where it is not what stands here.
     pub profile: Profile,
+    /// The host lies.
+    pub hostile: Option<Hostility>,
 }
 
 impl Default for DeviceConfig {
@@ -108,6 +110,7 @@ impl Default for DeviceConfig {
             indirection_entries: 64,
             link_speed_mbps: 200_000,
             profile: Profile::default(),
+            hostile: None,
         }
     }
 }
@@ -151,6 +154,9 @@ impl DeviceConfig {
         if self.link_speed_mbps < MIN_LINK_SPEED_MBPS {
             let reason = format!("{} Mbit/s, but {MIN_LINK_SPEED_MBPS} is the least", self.link_speed_mbps);
             return fail("link-speed", reason);
+        }
+        if self.hostile.as_ref().is_some_and(|hostile| hostile.rate == 0) {
+            return fail("rate", "0, but a lie comes once in 1 or more".into());
         }
         self.profile.check().or_else(|reason| fail("profile", reason))?;
         let (table, pba) = (self.table_range(), self.pba_range());

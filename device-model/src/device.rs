@@ -139,6 +139,7 @@ impl ManaDevice {
         let vports = vports.map(|(vport, port)| Vport::new(vport.mac, port, config.mtu)).collect();
         let power_on = ConfigSpace::new(&config, config.bars());
         let layout = Layout::new(&config);
+        core.host.set_hostile(config.hostile.clone());
         core.host.set_registers(config.profile.registers.clone());
         let card = Card { config, core, queues, vports };
         Ok(Self {

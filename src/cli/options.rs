@@ -5,7 +5,7 @@ use std::path::PathBuf;
 
 use mana_device::config::{DeviceConfig, MAX_QUEUES_PER_VPORT, MAX_VPORTS, MSIX_TABLE_SIZES, VportConfig};
 
-use mana_device::host::Profile;
+use mana_device::host::{Hostility, Profile, Where};
 
 use crate::config::{DiskConfig, ManaNic, Netdev, NetdevKind, Slot, Topology, VirtioNic};
 use crate::keyval::{KeyValues, OptionError};
@@ -296,6 +296,7 @@ fn mana(
         _ => None,
     })?;
     let profile = options.take("profile")?.map(|name| profile(&name)).transpose()?;
+    let hostile = hostile(&mut options)?;
     let mut ids = options.take_all("netdev");
     options.finish()?;
 
@@ -320,10 +321,34 @@ fn mana(
         mtu: mtu.unwrap_or(defaults.mtu),
         rdma: rdma.unwrap_or(defaults.rdma),
         profile: profile.unwrap_or_default(),
+        hostile,
         ..defaults
     };
     let (slot, strict) = (slot.unwrap_or(Slot::Port), strict.unwrap_or(false));
     Ok(ManaNic { device, netdevs: ids, node, slot, workers, strict })
+}
+
+/// `hostile=SEED[,rate=N][,at=WHERE]...`.
+fn hostile(options: &mut KeyValues) -> Result<Option<Hostility>, OptionError> {
+    let seed = options.take_number("hostile", 0..=u64::MAX)?;
+    let rate = options.take_number("rate", 1..=u32::MAX.into())?;
+    let at = options.take_all("at");
+    let Some(seed) = seed else {
+        return match (rate, at.first()) {
+            (None, None) => Ok(None),
+            _ => Err(options.error("hostile", "is missing: rate and at say how the host lies")),
+        };
+    };
+    let mut hostility = Hostility::new(seed);
+    hostility.rate = rate.unwrap_or(hostility.rate);
+    if !at.is_empty() {
+        let place = |text: &String| {
+            let reason = format!("must be completions, events, messages or registers, not `{text}`");
+            Where::parse(text).ok_or_else(|| options.error("at", &reason))
+        };
+        hostility.at = at.iter().map(place).collect::<Result<_, _>>()?;
+    }
+    Ok(Some(hostility))
 }
 
 /// A profile that comes with the card, or a file.

@@ -5,10 +5,13 @@
 //! one load. What strikes depends on the faults and on what the driver does, never on time or chance, so that the same
 //! words give the same run.
 //!
+//! A [`Profile`] says what kind of host it is, and [`Hostility`] makes it lie.
+//!
 //! [`words`] is the language in which faults are written.
 
 mod answer;
 mod fault;
+mod hostile;
 mod later;
 mod plan;
 mod profile;
@@ -18,6 +21,7 @@ pub mod words;
 
 pub use answer::{Answer, Value};
 pub(crate) use fault::{Action, Edit, Place, Point};
+pub use hostile::{Hostility, Where};
 pub(crate) use later::{HELD, Later};
 pub(crate) use plan::{Hit, Plan};
 pub use profile::{

@@ -1,9 +1,11 @@
 //! All faults that are set.
 
+use std::fmt;
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU64, Ordering};
 
 use super::fault::{Action, Fault, Place, Point};
+use super::hostile::{Hostility, Liar};
 use super::later::{Agenda, Later, Scheduled};
 use super::profile::Registers;
 use crate::sync::lock;
@@ -14,8 +16,8 @@ const MAX_FAULTS: usize = 1024;
 /// A fault has struck.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Hit {
-    /// The fault's id.
-    pub fault: u64,
+    /// The fault's id; `None` if it is a lie of a hostile host.
+    pub fault: Option<u64>,
     /// How often it has struck, this time included.
     pub number: u64,
     /// What it does.
@@ -42,7 +44,18 @@ struct State {
     /// Strikes of faults that are gone.
     old_hits: u64,
     agenda: Agenda,
+    liar: Option<Liar>,
     registers: Registers,
+}
+
+impl fmt::Display for Hit {
+    /// Whose doing it is.
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self.fault {
+            Some(id) => write!(f, "fault {id}"),
+            None => write!(f, "lie {}", self.number),
+        }
+    }
 }
 
 impl Plan {
@@ -57,12 +70,20 @@ impl Plan {
             return Vec::new();
         }
         let mut state = lock(&self.state);
-        let faults = state.faults.iter_mut();
-        let hits = faults.filter_map(|(id, fault)| {
+        let State { faults, liar, .. } = &mut *state;
+        let hits = faults.iter_mut().filter_map(|(id, fault)| {
             let number = fault.strike(place)?;
-            Some(Hit { fault: *id, number, action: fault.action.clone() })
+            Some(Hit { fault: Some(*id), number, action: fault.action.clone() })
         });
-        hits.collect()
+        let lie = |(number, action)| Hit { fault: None, number, action };
+        let lies = liar.as_mut().and_then(|liar| liar.lie(place)).map(lie);
+        hits.chain(lies).collect()
+    }
+    /// Lie from now on, or be honest again.
+    pub fn set_hostile(&self, hostility: Option<Hostility>) {
+        let mut state = lock(&self.state);
+        state.liar = hostility.map(Liar::new);
+        self.watch(&state);
     }
     /// Set `fault`; the answer is its id, or `None` if there are too many.
     pub(super) fn add(&self, fault: Fault) -> Option<u64> {
@@ -95,6 +116,7 @@ impl Plan {
             None => {
                 hits += std::mem::take(&mut state.old_hits);
                 state.agenda.heal();
+                state.liar = None;
             }
         }
         self.watch(&state);
@@ -143,6 +165,7 @@ impl Plan {
     fn watch(&self, state: &State) {
         self.counting.store(state.agenda.counts_commands(), Ordering::SeqCst);
         let lies = u8::from(!state.registers.are_true()) << Point::Reg as u8;
+        let lies = lies | state.liar.as_ref().map_or(0, |liar| liar.hostility.points());
         let bits = state.faults.iter().fold(lies, |bits, (_, fault)| bits | 1 << fault.matcher.point as u8);
         self.watched.store(bits, Ordering::SeqCst);
     }

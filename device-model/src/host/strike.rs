@@ -128,9 +128,9 @@ pub(crate) fn strike(core: &Core, place: Place, what: &dyn Fn() -> String, bytes
     let mut fate = Fate { copies: 1, later: Vec::new(), status: None, lost: false };
     for hit in core.host.strike(place) {
         core.counters.faults.bump();
-        let fault = hit.fault;
+        let whose = hit.to_string();
         let tell = |what: &str| {
-            core.tracer.emit(|| Event::Fault { detail: format!("fault {fault}: {what}") });
+            core.tracer.emit(|| Event::Fault { detail: format!("{whose}: {what}") });
         };
         tell(&format!("{}: {}", what(), hit.action));
         match hit.action {

@@ -10,6 +10,7 @@
 //! | `event stop [ID]` | nothing |
 //! | `limits max-msix=N max-queues=N ports=N ...` | nothing; the host shows these from the next channel on |
 //! | `profile NAME`, `profile list` | nothing, the host shows this profile from then on; `profiles`: their names |
+//! | `hostile SEED [rate=N] [at=WHERE]...`, `hostile stop` | nothing; one in `rate` (100) is a lie from now on, or no more |
 //! | `mark NAME` | nothing; the name goes into the trace, and commands are counted from here |
 //! | `commands` | `commands`: commands of the hardware channel since the mark |
 //! | `ledger`, `counters`, `rules` | live objects, counters, broken rules by name |
@@ -24,6 +25,8 @@
 //! cleared), `duplicate`, `edit:FIELD=VALUE`, `corrupt:SEED` or `event:TYPE`. `fault clear` without an id heals the host:
 //! what was held comes, and events that were to come do not.
 //!
+//! WHERE is `completions`, `events` (and interrupts), `messages` or `registers`; all but the last if it is not given.
+//!
 //! TYPE is a number, or `fpga-reconfig` (132), `hwc-timeout` (133, `value` in ms), `link-up`, `link-down` (133, of `port`),
 //! `rdma-suspend`, `rdma-resume` (134), `reset` (135), `qp-fatal` (176, `value` is the QP); the `value` of others stands in
 //! the event's first word. It comes on event queue `eq`, by default the hardware channel's, `after` so long from now or
@@ -31,6 +34,7 @@
 
 use super::answer::Answer;
 use super::fault::{Action, Edit, Fault, Matcher, NS_PER_MS, Point};
+use super::hostile::{Hostility, Where};
 use super::later::{Scheduled, eqe};
 use super::plan::Plan;
 use super::profile::Profile;
@@ -60,6 +64,8 @@ pub(crate) enum Words {
     Profiles,
     /// Show these limits from the next channel on.
     Limits(Vec<(String, u32)>),
+    /// Lie, or be honest again.
+    Hostile(Option<Hostility>),
     /// Name this moment.
     Mark(String),
     /// How many commands since the mark?
@@ -97,6 +103,9 @@ impl Words {
             ["profile", name] => Profile::named(name).map(|profile| Self::Profile(Box::new(profile))),
             ["profile", ..] => Err("`profile` wants one name, or list".into()),
             ["limits", rest @ ..] => limits(rest).map(Self::Limits),
+            ["hostile", "stop"] => Ok(Self::Hostile(None)),
+            ["hostile", seed, rest @ ..] => hostile(seed, rest).map(|it| Self::Hostile(Some(it))),
+            ["hostile"] => Err("`hostile` wants a seed, or stop".into()),
             ["mark", name] => Ok(Self::Mark((*name).to_owned())),
             ["mark", ..] => Err("`mark` wants one name".into()),
             ["commands"] => Ok(Self::Commands),
@@ -107,7 +116,7 @@ impl Words {
                 Err(format!("`{only}` wants nothing behind it"))
             }
             [other, ..] => Err(format!(
-                "there is no `{other}`, but fault, event, limits, profile, mark, commands, ledger, counters and rules"
+                "there is no `{other}`, but fault, event, limits, profile, hostile, mark, commands, ledger, counters and rules"
             )),
             [] => Err("there are no words".into()),
         }
@@ -128,6 +137,28 @@ fn at_most<T: TryFrom<u64>>(name: &str, text: &str, most: u64) -> Result<T, Stri
     let parsed = number(name, text)?;
     let fits = Some(parsed).filter(|&parsed| parsed <= most).and_then(|parsed| T::try_from(parsed).ok());
     fits.ok_or_else(|| format!("{name} must be at most {most:#x}, not `{text}`"))
+}
+
+/// What stands behind `hostile`.
+fn hostile(seed: &str, words: &[&str]) -> Result<Hostility, String> {
+    let mut hostility = Hostility::new(number("hostile", seed)?);
+    let mut at = Vec::new();
+    for word in words {
+        match word.split_once('=') {
+            Some(("rate", value)) => hostility.rate = at_most("rate", value, u32::MAX.into())?,
+            Some(("at", value)) => at.push(Where::parse(value).ok_or_else(|| {
+                format!("at must be completions, events, messages or registers, not `{value}`")
+            })?),
+            _ => return Err(format!("there is no `{word}` here, but rate=N and at=WHERE")),
+        }
+    }
+    if hostility.rate == 0 {
+        return Err("rate must be 1 (always) or more".into());
+    }
+    if !at.is_empty() {
+        hostility.at = at;
+    }
+    Ok(hostility)
 }
 
 /// What stands behind `limits`.
@@ -375,6 +406,10 @@ impl Plan {
                 true => Ok(Answer::default()),
                 false => Err(format!("there is no event {} to come", id.unwrap_or_default())),
             },
+            Words::Hostile(hostility) => {
+                self.set_hostile(hostility.clone());
+                Ok(Answer::default())
+            }
             Words::Mark(_) => {
                 self.mark();
                 Ok(Answer::default())
@@ -446,6 +481,11 @@ mod tests {
             ("fault add command=cqe do=edit:mtu=1", "no field `mtu` here, but type"),
             ("fault add command=eqe do=status:1", "can't be done to command=eqe"),
             ("fault add command=smc do=status:256", "can't be done to command=smc"),
+            ("hostile", "a seed"),
+            ("hostile x", "must be a number"),
+            ("hostile 1 rate=0", "1 (always)"),
+            ("hostile 1 at=home", "not `home`"),
+            ("hostile 1 often", "no `often` here"),
             ("event", "list, stop, or a type"),
             ("event lunch", "not `lunch`, or a type: a number, fpga-reconfig"),
             ("event 300", "at most 0xff"),

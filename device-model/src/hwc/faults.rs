@@ -70,9 +70,9 @@ pub fn strike(card: &Card, code: u32, name: &str, seq: u64) -> Vec<Hit> {
     let hits = card.core.host.strike(Place::command(code));
     for hit in &hits {
         card.core.counters.faults.bump();
-        let Hit { fault, action, .. } = hit;
+        let action = &hit.action;
         card.core.tracer.emit(|| {
-            let detail = format!("fault {fault}: {name} (request {seq}): {action}");
+            let detail = format!("{hit}: {name} (request {seq}): {action}");
             Event::Fault { detail }
         });
     }
@@ -94,8 +94,8 @@ pub fn is_silent(hits: &[Hit]) -> bool {
 /// completion tells.
 pub fn garble(card: &Card, ram: &GuestRam<'_>, hits: &[Hit], code: u32, response: &mut [u8]) -> u32 {
     let mut told = response.len() as u32;
-    for Hit { fault, number, action } in hits {
-        match action {
+    for hit in hits {
+        match &hit.action {
             Action::Status(status) => put(response, STATUS, u64::from(*status)),
             Action::Edit(Edit { field, value }) if field == LENGTH => told = *value as u32,
             // A field that only the response of another command has stays out of this one.
@@ -105,8 +105,8 @@ pub fn garble(card: &Card, ram: &GuestRam<'_>, hits: &[Hit], code: u32, response
                 }
             }
             Action::Corrupt(seed) => {
-                let changes = Random::new(*seed, *number).corrupt(response);
-                card.core.tracer.emit(|| Event::Fault { detail: format!("fault {fault}: {changes}") });
+                let changes = Random::new(*seed, hit.number).corrupt(response);
+                card.core.tracer.emit(|| Event::Fault { detail: format!("{hit}: {changes}") });
             }
             Action::Event(kind) => card.queues.raise(ram, Later::event(*kind, 0)),
             Action::Drop | Action::Lose | Action::Delay(_) | Action::Hold | Action::Duplicate => {}

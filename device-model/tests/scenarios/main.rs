@@ -4,6 +4,7 @@
 
 mod host;
 mod host_points;
+mod hostile;
 mod link;
 mod moderation;
 mod msix_table;
