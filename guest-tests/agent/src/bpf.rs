@@ -3,11 +3,12 @@
 //! They look at UDP datagrams over IPv4 to one port and let everything else pass, so that other traffic goes on.
 
 use std::ffi::CStr;
-use std::io::{Error, Read, Write};
+use std::io::Error;
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 
-use anyhow::{Context, Result, ensure};
-use socket2::{Domain, Protocol, Socket, Type};
+use anyhow::{Context, Result};
+
+use crate::netlink::{self, NESTED, attribute};
 
 /// What a program does with a datagram that it is for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -170,7 +171,6 @@ const RTM_SETLINK: u16 = 19;
 const IFLA_XDP: u16 = 43;
 const IFLA_XDP_FD: u16 = 1;
 const IFLA_XDP_FLAGS: u16 = 3;
-const NESTED: u16 = 1 << 15;
 /// XDP_FLAGS_DRV_MODE: by the driver itself or not at all.
 const BY_DRIVER: u32 = 1 << 2;
 
@@ -185,32 +185,7 @@ pub fn attach(interface: u32, program: Option<&OwnedFd>) -> Result<()> {
     body.extend(interface.to_ne_bytes());
     body.extend([0; 8]);
     body.extend(attribute(IFLA_XDP | NESTED, &attributes));
-    let flags = (libc::NLM_F_REQUEST | libc::NLM_F_ACK) as u16;
-    // struct nlmsghdr: length, type, flags, sequence number, port.
-    let mut message = ((16 + body.len()) as u32).to_ne_bytes().to_vec();
-    message.extend(RTM_SETLINK.to_ne_bytes());
-    message.extend(flags.to_ne_bytes());
-    message.extend([0; 8]);
-    message.extend(body);
-
-    let socket =
-        Socket::new(Domain::from(libc::AF_NETLINK), Type::RAW, Some(Protocol::from(libc::NETLINK_ROUTE)))?;
-    (&socket).write_all(&message).context("netlink")?;
-    let mut answer = [0; 4096];
-    let length = (&socket).read(&mut answer).context("netlink")?;
-    // struct nlmsgerr follows the header: a negative error number, or 0.
-    ensure!(length >= 20, "netlink: an answer of {length} bytes");
-    let error = i32::from_ne_bytes(answer[16..20].try_into()?);
-    if error == 0 { Ok(()) } else { Err(Error::from_raw_os_error(-error).into()) }
-}
-
-/// struct nlattr: length, type, then the value, padded.
-fn attribute(kind: u16, value: &[u8]) -> Vec<u8> {
-    let mut bytes = ((4 + value.len()) as u16).to_ne_bytes().to_vec();
-    bytes.extend(kind.to_ne_bytes());
-    bytes.extend(value);
-    bytes.resize(bytes.len().next_multiple_of(4), 0);
-    bytes
+    netlink::route(RTM_SETLINK, &body)
 }
 
 #[cfg(test)]
@@ -235,11 +210,10 @@ mod tests {
     }
 
     #[test]
-    fn instructions_and_attributes_are_laid_out_as_the_kernel_reads_them() {
+    fn instructions_are_laid_out_as_the_kernel_reads_them() {
         assert_eq!(
             instruction(LOAD_32, 2, 1, 4, -1).to_le_bytes(),
             [0x61, 0x12, 4, 0, 0xff, 0xff, 0xff, 0xff]
         );
-        assert_eq!(attribute(IFLA_XDP_FD, &[9, 8, 7, 6, 5]), [9, 0, 1, 0, 9, 8, 7, 6, 5, 0, 0, 0]);
     }
 }

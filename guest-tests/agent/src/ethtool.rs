@@ -1,4 +1,4 @@
-//! ethtool's requests (SIOCETHTOOL), with the numbers and layouts of linux/ethtool.h.
+//! ethtool's requests (SIOCETHTOOL, and netlink for what came after it), with the numbers and layouts of linux/ethtool.h.
 //!
 //! An error is the kernel's own, so that what a driver doesn't know can be told from what it refuses.
 
@@ -7,6 +7,7 @@ use std::ffi::CStr;
 use anyhow::{Context, Result, ensure};
 
 use crate::net;
+use crate::netlink::{self, Family, NESTED, attribute};
 
 const GCOALESCE: u32 = 0x0e;
 const SCOALESCE: u32 = 0x0f;
@@ -110,6 +111,32 @@ impl Numbers {
         words[0] = request;
         words
     }
+}
+
+// linux/ethtool_netlink_generated.h
+const MSG_COALESCE_GET: u8 = 19;
+const MSG_COALESCE_SET: u8 = 20;
+const A_HEADER: u16 = 1;
+const A_HEADER_DEV_NAME: u16 = 2;
+const A_COALESCE_RX_CQE_FRAMES: u16 = 31;
+
+/// Packets that may share a receive completion. Only netlink tells, and only where kernel and driver know of it.
+pub fn rx_cqe_frames(interface: &str) -> Result<Option<u32>> {
+    let answer = Family::find("ethtool")?.get(MSG_COALESCE_GET, &header(interface));
+    let answer = answer.with_context(|| interface.to_owned())?;
+    let value =
+        netlink::find(&answer, A_COALESCE_RX_CQE_FRAMES).and_then(|value| value.first_chunk().copied());
+    Ok(value.map(u32::from_ne_bytes))
+}
+
+/// Changes [`rx_cqe_frames`].
+pub fn set_rx_cqe_frames(interface: &str, frames: u32) -> Result<()> {
+    let attributes = [header(interface), attribute(A_COALESCE_RX_CQE_FRAMES, &frames.to_ne_bytes())].concat();
+    Family::find("ethtool")?.set(MSG_COALESCE_SET, &attributes).with_context(|| interface.to_owned())
+}
+
+fn header(interface: &str) -> Vec<u8> {
+    attribute(A_HEADER | NESTED, &attribute(A_HEADER_DEV_NAME, format!("{interface}\0").as_bytes()))
 }
 
 /// What an interface can do, and whether it does (struct ethtool_get_features_block).

@@ -12,6 +12,7 @@ mod init;
 mod map;
 mod namespace;
 mod net;
+mod netlink;
 mod sys;
 mod verbs;
 

@@ -4,7 +4,7 @@
 //! |---|---|---|
 //! | `-l IF` | `-L IF combined N` | channels |
 //! | `-g IF` | `-G IF rx N tx N` | rings |
-//! | `-c IF` | `-C IF rx-usecs N adaptive-rx on` | coalescing |
+//! | `-c IF` | `-C IF rx-usecs N adaptive-rx on rx-cqe-frames 4` | coalescing |
 //! | `-k IF` | `-K IF tso off tx-checksum-ipv4 on` | features |
 //! | `-x IF` | `-X IF [equal N \| weight W... \| default] [hkey AA:BB:...]` | receive side scaling |
 //! | `-S IF` | | the driver's counters, and their totals over the queues |
@@ -49,7 +49,7 @@ pub fn run(arguments: &mut Arguments) -> Result<Value> {
     match option.as_str() {
         "-l" | "-L" => numbers(&CHANNELS, interface, settings),
         "-g" | "-G" => numbers(&RINGS, interface, settings),
-        "-c" | "-C" => numbers(&COALESCE, interface, settings),
+        "-c" | "-C" => coalesce(interface, settings),
         "-k" | "-K" => features(interface, settings),
         "-x" | "-X" => rss(interface, settings),
         "-S" => counters(interface),
@@ -70,6 +70,21 @@ fn numbers(what: &Numbers, interface: &str, settings: &[String]) -> Result<Value
         .map(|(name, value)| (name.to_owned(), json!(value)))
         .collect::<Map<_, _>>()
         .into())
+}
+
+/// All but `rx-cqe-frames` is in the old structure.
+fn coalesce(interface: &str, settings: &[String]) -> Result<Value> {
+    const NEW: &str = "rx-cqe-frames";
+    let (new, old): (Vec<_>, Vec<_>) = pairs(settings)?.partition(|(name, _)| *name == NEW);
+    let old: Vec<String> = old.into_iter().flat_map(|(name, value)| [name.clone(), value.clone()]).collect();
+    for (_, value) in new {
+        ethtool::set_rx_cqe_frames(interface, number(value)?)?;
+    }
+    let mut report = numbers(&COALESCE, interface, &old)?;
+    if let Some(frames) = ethtool::rx_cqe_frames(interface)? {
+        report[NEW] = frames.into();
+    }
+    Ok(report)
 }
 
 fn features(interface: &str, settings: &[String]) -> Result<Value> {

@@ -27,6 +27,10 @@ pub fn run(arguments: &mut Arguments) -> Result<Value> {
     namespace::within(&name, || {
         // Nobody else has our addresses, and to make sure of it would take a second.
         let _ = fs::write(format!("/proc/sys/net/ipv6/conf/{interface}/accept_dad"), "0");
+        // An interface whose queues are made anew is deaf for a while, on a busy host for longer than neighbours are asked.
+        for family in ["ipv4", "ipv6"] {
+            let _ = fs::write(format!("/proc/sys/net/{family}/neigh/{interface}/mcast_solicit"), "60");
+        }
         net::set_up(&interface)?;
         for address in &addresses {
             net::ip(&["addr", "add", address, "dev", &interface])?;
