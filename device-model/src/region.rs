@@ -266,6 +266,7 @@ pub struct RingView<'v, 'm> {
 
 #[cfg(test)]
 mod tests {
+    use proptest::prelude::*;
     use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
 
     use super::*;
@@ -324,5 +325,57 @@ mod tests {
         let ring = RingMemory::page(0xffff_ffff_ffff_f000);
         assert!(ring.read(&ring.view(&ram), 0, &mut [0; 8]).is_err());
         assert!(ring.publish(&ring.view(&ram), 4032, &[0; 60], 0).is_err());
+    }
+
+    proptest! {
+        /// A region that is accepted has all that its queue may touch inside its pages, and nothing outside.
+        #[test]
+        fn a_ring_is_its_pages_and_no_byte_more(
+            order in Just((0_u64..16).collect::<Vec<u64>>()).prop_shuffle(),
+            count in 1_usize..8,
+            size in 1_u32..40_000,
+            offset in any::<u32>(),
+            len in 0_usize..300,
+        ) {
+            let memory = memory();
+            let pages: Vec<u64> = order.iter().take(count).map(|page| 0x2_0000 + page * 4096).collect();
+            // Every byte of the ring says where in the ring it is; everything else is 0xff.
+            memory.write_slice(&[0xff; 16 * 4096], GuestAddress(0x2_0000)).expect("RAM");
+            let ring_byte = |at: u32| (at % 251) as u8;
+            let mut region = Region::new(4096 * count as u64, 0, 0, count as u32).expect("region");
+            region.add_pages(pages.iter().copied()).expect("pages");
+            let fits = size as usize <= 4096 * count;
+            prop_assert_eq!(region.ring(size).is_ok(), fits);
+            if let Ok(ring) = region.ring(size) {
+                for at in 0..size {
+                    let address = pages[(at / 4096) as usize] + u64::from(at % 4096);
+                    memory.write_obj(ring_byte(at), GuestAddress(address)).expect("RAM");
+                }
+                // A ring that does not divide 2^32 has no free running offsets: its queues count their entries.
+                let offset = if size.is_power_of_two() { offset } else { offset % (u32::MAX / 2) };
+                let mut data = vec![0; len];
+                let ram = GuestRam::new(&memory);
+                ring.read(&ring.view(&ram), offset, &mut data).expect("read");
+                for (byte, at) in data.iter().zip(u64::from(offset)..) {
+                    let wrapped = if size.is_power_of_two() { (at as u32) % size } else { (at % u64::from(size)) as u32 };
+                    prop_assert_eq!(*byte, ring_byte(wrapped));
+                }
+            }
+        }
+
+        /// What no pages can hold is refused, without a panic and without an overflow.
+        #[test]
+        fn the_bounds_of_a_region_are_checked(
+            length in prop_oneof![any::<u64>(), 0_u64..20_000],
+            offset in prop_oneof![any::<u32>(), 0_u32..8192],
+            kind in 0_u32..24,
+            pages in prop_oneof![any::<u32>(), 0_u32..8],
+        ) {
+            let exists = matches!(kind, 0..=10 | 18 | 19);
+            let page = 1_u128 << (kind + PAGE_SHIFT);
+            let fits = u128::from(length) + u128::from(offset) <= page * u128::from(pages);
+            let legal = exists && fits && length > 0 && u128::from(offset) < page && pages <= MAX_PAGES;
+            prop_assert_eq!(Region::new(length, offset, kind, pages).is_ok(), legal);
+        }
     }
 }

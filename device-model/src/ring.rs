@@ -640,4 +640,6 @@ impl EventQueue {
 }
 
 #[cfg(test)]
+mod properties;
+#[cfg(test)]
 mod tests;
