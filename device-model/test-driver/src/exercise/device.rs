@@ -269,9 +269,15 @@ impl Driver<'_> {
         }
         Ok(())
     }
+    /// A reset, after which the driver is as far as the byte says; or the card is saved and restored under its feet.
     fn reset(&mut self, input: &mut Unstructured<'_>) -> Result<()> {
+        let what = input.arbitrary::<u8>()? & 3;
+        if what == 3 {
+            self.machine.reload();
+            return Ok(());
+        }
         self.machine.config_write(0x68, &[0, 0x80]);
-        match input.arbitrary::<u8>()? & 3 {
+        match what {
             0 => {}
             1 => self.machine.enable(),
             _ => self.registration = self.machine.bring_up(self.port),

@@ -6,6 +6,7 @@ use std::sync::Arc;
 
 use mana_device::config::{BarLocation, DeviceConfig, TxPolicy, VportConfig};
 use mana_device::doors::{Clock, Memory, Port, PortCapabilities, RxFrame, Work};
+use mana_device::state::State;
 use mana_device::{Host, ManaDevice, Ran};
 
 use super::digest;
@@ -99,6 +100,7 @@ pub struct Machine {
     /// The clock.
     pub clock: Arc<ManualClock>,
     due: Arc<Due>,
+    power_on: (State, Vec<u8>),
     doorbells: u64,
     seen: u64,
 }
@@ -141,6 +143,8 @@ impl Machine {
             observer: None,
         };
         let device = ManaDevice::new(config, host).expect("the card takes this configuration");
+        let power_on = device.save();
+        let power_on = (power_on.clone(), power_on.to_bytes().expect("a state has its bytes"));
         let mut machine = Self {
             device,
             ram,
@@ -150,6 +154,7 @@ impl Machine {
             cables,
             clock,
             due,
+            power_on,
             doorbells: 0,
             seen: 0,
         };
@@ -179,6 +184,18 @@ impl Machine {
         self.model = Model::default();
         self.channel = Channel::default();
         self.seen = 0;
+    }
+    /// The state of the card before anybody has touched it, as bytes.
+    pub fn power_on_bytes(&self) -> &[u8] {
+        &self.power_on.1
+    }
+    /// Become what the card was before anybody had touched it, what no reset resets included.
+    ///
+    /// # Panics
+    /// The card refuses.
+    pub fn power_on(&mut self) {
+        let loaded = self.device.load(&self.power_on.0);
+        assert!(loaded.is_ok(), "the card can't be as it was: {loaded:?}");
     }
     /// A number for everything that the card has shown since the last reset, but for the counters in responses:
     /// those survive one.

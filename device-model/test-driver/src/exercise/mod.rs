@@ -11,6 +11,7 @@
 //! | [`hwc`] | shared-memory requests and messages of the hardware channel, and the WQEs that carry them |
 //! | [`queues`] | WQEs, buffers and doorbells of queues that a driver has made |
 //! | [`packets`] | frames from the cable, and what RSS, coalescing and buffers are like |
+//! | [`restore`] | saved states |
 //! | [`device`] | steps of a driver, most of them legal |
 //!
 //! `vfio-user`'s function is with the server: `mana_vmm::vfio_user::exercise`.
@@ -27,6 +28,7 @@ pub mod packets;
 pub mod port;
 pub mod queues;
 pub mod ram;
+pub mod restore;
 pub mod seeds;
 
 pub use machine::Machine;
@@ -35,12 +37,13 @@ pub use machine::Machine;
 pub type Play = fn(&mut Machine, &[u8]);
 
 /// The targets of this crate, by the name of their corpus.
-pub const TARGETS: [(&str, Play); 6] = [
+pub const TARGETS: [(&str, Play); 7] = [
     ("config", config::play),
     ("bar0", bar0::play),
     ("hwc", hwc::play),
     ("queues", queues::play),
     ("packets", packets::play),
+    ("restore", restore::play),
     ("device", device::play),
 ];
 

@@ -4,7 +4,9 @@
 use mana_device::config::{DeviceConfig, VportConfig};
 use mana_device::observe::{Event, QueueKind};
 
+use super::Machine;
 use super::hwc::COMMANDS;
+use super::message::Message;
 use crate::gdma::code as gdma;
 use crate::mana::code as mana;
 use crate::packet::{Flow, Protocol, tagged};
@@ -31,6 +33,38 @@ pub fn seeds() -> Vec<Seed> {
         seeds.push(("device", name.to_owned(), life));
     }
     seeds.extend(traffic());
+    seeds.extend(states());
+    seeds
+}
+
+/// States of a card: new, with a channel, with a port that has buffers and frames under way.
+fn states() -> Vec<Seed> {
+    let mut machine = Machine::new();
+    let mut seeds = Vec::new();
+    let mut save = |machine: &Machine, name: &str, first: u8| {
+        let bytes = machine.device.save().to_bytes().expect("a state has its bytes");
+        seeds.push(("restore", name.to_owned(), [&[first], &bytes[super::restore::PREFIX..]].concat()));
+    };
+    save(&machine, "power-on", 0);
+    machine.enable();
+    machine.open(0);
+    save(&machine, "channel", 1);
+    machine.end();
+    // Whatever the counters of a machine were, those of a seed are the same.
+    machine.power_on();
+    let registration = machine.bring_up(0);
+    for index in [1, 3] {
+        machine.post_buffer(index, super::queues::buffer(0, 0), registration.key, 2048);
+        machine.ring_wq(index, registration.page);
+    }
+    save(&machine, "port", 0);
+    machine.ring(registration.page, crate::queues::doorbell::CQ_MODERATION, 2 | 0x8800 << 32);
+    let clamp = Message::new(mana::SET_BW_CLAMP, 2, 56, 40, 1);
+    machine.command({ clamp }.u64(40, super::message::vport(0)).u32(48, 1).u32(52, 100).bytes());
+    let frame = Flow::v4([2, 0, 0, 0, 0, 1], 3).frame(Protocol::Udp, &[7; 40]);
+    let frame = mana_device::doors::RxFrame { bytes: &frame, checksum: Default::default() };
+    machine.deliver(0, &[frame; 2]);
+    save(&machine, "traffic", 0x45);
     seeds
 }
 
