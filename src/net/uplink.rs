@@ -87,6 +87,9 @@ pub struct Uplink {
     switch: Arc<Switch>,
     clock: Arc<dyn Clock>,
     epoll: Arc<Epoll>,
+    /// Whoever has it locked tries to be the one that listens. Open from the start, because those who run us open no
+    /// files; it stays there, because a file that is removed can be locked twice.
+    lock_file: File,
     state: Mutex<State>,
 }
 
@@ -99,7 +102,10 @@ impl Uplink {
         let name = format!("--netdev switch,path={}", path.display());
         let epoll = Arc::new(Epoll::new().with_context(|| format!("{name}: no epoll"))?);
         let state = State { listener: None, neighbours: HashMap::new(), retry_at: None };
-        let uplink = Self { path: path.to_owned(), switch, clock, epoll, state: Mutex::new(state) };
+        let lock_file = File::create(path.with_added_extension("lock"))
+            .with_context(|| format!("{name}: no lock file can be made there"))?;
+        let state = Mutex::new(state);
+        let uplink = Self { path: path.to_owned(), switch, clock, epoll, lock_file, state };
         uplink.settle(&mut lock(&uplink.state)).context(name)?;
         Ok(uplink)
     }
@@ -118,10 +124,14 @@ impl Uplink {
             Err(error) if is_gone(&error) => {}
             Err(error) => return Err(error).context("can't connect"),
         }
-        // Until it is closed, nobody else tries. It stays, because a file that is removed can be locked twice.
-        let lock_file =
-            File::create(self.path.with_added_extension("lock")).context("no lock file can be made there")?;
-        flock(&lock_file, FlockOperation::LockExclusive)?;
+        flock(&self.lock_file, FlockOperation::LockExclusive)?;
+        let settled = self.settle_alone(state);
+        flock(&self.lock_file, FlockOperation::Unlock)?;
+        settled
+    }
+
+    /// The same while nobody else tries.
+    fn settle_alone(&self, state: &mut State) -> anyhow::Result<()> {
         if let Ok(socket) = UnixStream::connect(&self.path) {
             return Ok(self.add(state, socket)?);
         }
