@@ -14,6 +14,7 @@ use clap::{Args, Parser, Subcommand, ValueEnum};
 
 use crate::config::{Accel, VmConfig};
 use crate::keyval::OptionError;
+use crate::seccomp;
 use crate::trace::TraceArgs;
 
 pub use serve::ServeArgs;
@@ -179,6 +180,10 @@ pub struct BootArgs {
     /// Take requests to the simulated host here (`mana-vmm ctl`).
     #[arg(long, value_name = "SOCKET")]
     control: Option<PathBuf>,
+    /// What becomes of a thread of this process that makes a system call for which it has no use: on ends the process,
+    /// log lets it pass and the kernel's log has it, off does without filters.
+    #[arg(long, value_enum, default_value = "on", hide_possible_values = true, value_name = "on|log|off")]
+    seccomp: seccomp::Mode,
     /// End with exit code 3 after so many seconds.
     #[arg(long, value_name = "SECONDS", value_parser = clap::value_parser!(u64).range(1..))]
     timeout: Option<u64>,
@@ -223,6 +228,7 @@ impl BootArgs {
             console: self.console,
             timeout: self.timeout.map(Duration::from_secs),
             control: self.control,
+            seccomp: self.seccomp,
         })
     }
 }

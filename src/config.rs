@@ -6,6 +6,8 @@ use std::time::Duration;
 use mana_device::config::DeviceConfig;
 use serde::{Deserialize, Serialize};
 
+use crate::seccomp;
+
 /// CPUs and how the guest sees them: `nodes` × `sockets` × `cores` × `threads`.
 ///
 /// `sockets` counts the packages of the whole machine and is a multiple of `nodes`, or the nodes split a package
@@ -164,6 +166,8 @@ pub struct VmConfig {
     pub timeout: Option<Duration>,
     /// Socket for requests to the simulated host.
     pub control: Option<PathBuf>,
+    /// Filters of system calls.
+    pub seccomp: seccomp::Mode,
 }
 
 /// Functions for other VMMs: `mana-vmm serve`.
@@ -183,4 +187,6 @@ pub struct ServeConfig {
     pub timeout: Option<Duration>,
     /// Socket for requests to the simulated host.
     pub control: Option<PathBuf>,
+    /// Filters of system calls.
+    pub seccomp: seccomp::Mode,
 }

@@ -24,6 +24,7 @@ pub mod net;
 pub mod nic;
 pub mod pci_host;
 pub mod places;
+pub mod seccomp;
 pub mod serve;
 pub mod stop;
 pub mod topology;

@@ -15,6 +15,7 @@ use crate::control::{Control, ControlSocket};
 use crate::events::{EventLoop, Signals, StopListener, Timeout};
 use crate::net::Exchange;
 use crate::nic::{Nic, Surroundings};
+use crate::seccomp::{self, Role};
 use crate::stop::{Outcome, Stop};
 use crate::trace::TraceFile;
 use crate::vfio_user::irqs::EventDescriptors;
@@ -29,6 +30,7 @@ const CLIENT_LEFT: &str = "the client has left";
 /// # Errors
 /// Anything of the host's that fails.
 pub fn run(config: &ServeConfig) -> anyhow::Result<ExitCode> {
+    seccomp::set_mode(config.seccomp);
     let clock: Arc<dyn Clock> = Arc::new(MonotonicClock::new());
     let stop = Stop::new()?;
     let mut events = EventLoop::new().context("no event loop")?;
@@ -65,6 +67,7 @@ pub fn run(config: &ServeConfig) -> anyhow::Result<ExitCode> {
     let control = Arc::new(Control::default());
     control.set_devices(nics.iter().map(|nic| nic.device().clone()).collect());
     let _socket = config.control.as_deref().map(|path| ControlSocket::open(path, &control)).transpose()?;
+    seccomp::enter(Role::Main)?;
     for socket in &config.sockets {
         eprintln!("mana-vmm: serves {}", socket.display());
     }

@@ -12,6 +12,7 @@ use vmm_sys_util::signal::{Killable, SIGRTMIN, register_signal_handler};
 
 use crate::boot::{self, EntryState};
 use crate::bus::Bus;
+use crate::seccomp::{self, Role};
 use crate::stop::{Outcome, Stop};
 
 /// A CPU that was between two runs when it was kicked is kicked again after this long.
@@ -166,7 +167,11 @@ impl Vcpus {
         for vcpu in vcpus {
             let (bus, stop) = (bus.clone(), stop.clone());
             let builder = std::thread::Builder::new().name(format!("vcpu{}", vcpu.index));
-            let thread = builder.spawn(move || vcpu.run(&bus, &stop)).context("no thread for a CPU")?;
+            let run = move || match seccomp::enter(Role::Vcpu) {
+                Ok(()) => vcpu.run(&bus, &stop),
+                Err(error) => stop.request(Outcome::HostError(format!("{error:#}"))),
+            };
+            let thread = builder.spawn(run).context("no thread for a CPU")?;
             running.threads.push(thread);
         }
         Ok(running)

@@ -29,6 +29,7 @@ use crate::net::Exchange;
 use crate::nic::{Nic, Surroundings};
 use crate::pci_host::plan::Wish;
 use crate::pci_host::{PciFunction, PciHost};
+use crate::seccomp::{self, Role};
 use crate::stop::{EXEC_FAILED, Outcome, Stop};
 use crate::trace::TraceFile;
 use crate::vcpu::{ExitCounts, Vcpu, Vcpus};
@@ -41,6 +42,7 @@ use crate::{initramfs, layout, memory, topology, virtio};
 /// # Errors
 /// Anything of the host's that fails.
 pub fn run(config: &VmConfig) -> anyhow::Result<ExitCode> {
+    seccomp::set_mode(config.seccomp);
     let outside = Outside::open(config)?;
     loop {
         let (outcome, exec_status) = Machine::build(config, &outside)?.run()?;
@@ -198,6 +200,7 @@ impl Machine {
     fn run(mut self) -> anyhow::Result<(Outcome, Option<i32>)> {
         log::info!("{} ms: the CPUs start", self.clock.now_ns() / 1_000_000);
         let vcpus = Vcpus::start(std::mem::take(&mut self.vcpus), &self.bus, &self.stop)?;
+        seccomp::enter(Role::Main)?;
         let outcome = loop {
             self.events.run().context("event loop")?;
             if let Some(outcome) = self.stop.outcome() {
@@ -375,6 +378,7 @@ mod tests {
             control: None,
             console: None,
             timeout: None,
+            seccomp: seccomp::Mode::Off,
         }
     }
 }

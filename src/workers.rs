@@ -27,6 +27,7 @@ use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 use vmm_sys_util::timerfd::TimerFd;
 
 use crate::net::{Cable, Frame};
+use crate::seccomp::{self, Role};
 
 /// Requests, packets or frames that a piece may do before the next has its turn.
 const BUDGET: usize = 64;
@@ -227,9 +228,11 @@ impl Mailboxes {
                 Arc::clone(clock),
             )?;
             let thread = std::thread::Builder::new().name(format!("{}-worker{index}", self.name));
-            workers
-                .threads
-                .push(thread.spawn(move || worker.run()).context("no thread for a device worker")?);
+            workers.threads.push(
+                thread
+                    .spawn(move || seccomp::enter(Role::Worker).and_then(|()| worker.run()))
+                    .context("no thread for a device worker")?,
+            );
         }
         Ok(workers)
     }

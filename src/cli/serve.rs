@@ -8,6 +8,7 @@ use clap::Args;
 use super::options;
 use crate::config::{ServeConfig, Topology};
 use crate::keyval::OptionError;
+use crate::seccomp;
 
 /// `mana-vmm serve`.
 #[derive(Args, Debug)]
@@ -35,6 +36,10 @@ pub struct ServeArgs {
     /// Take requests to the simulated host here (`mana-vmm ctl`).
     #[arg(long, value_name = "SOCKET")]
     control: Option<PathBuf>,
+    /// What becomes of a thread of this process that makes a system call for which it has no use: on ends the process,
+    /// log lets it pass and the kernel's log has it, off does without filters.
+    #[arg(long, value_enum, default_value = "on", hide_possible_values = true, value_name = "on|log|off")]
+    seccomp: seccomp::Mode,
     /// End with exit code 3 after so many seconds.
     #[arg(long, value_name = "SECONDS", value_parser = clap::value_parser!(u64).range(1..))]
     timeout: Option<u64>,
@@ -73,6 +78,7 @@ impl ServeArgs {
             once: self.once,
             timeout: self.timeout.map(Duration::from_secs),
             control: self.control,
+            seccomp: self.seccomp,
         })
     }
 }

@@ -12,6 +12,7 @@ use anyhow::{Context, bail};
 use serde_json::Value;
 
 use super::{Asker, Control, MAX_REQUEST, Request};
+use crate::seccomp::{self, Role};
 
 /// Most clients at a time.
 const MAX_CLIENTS: usize = 16;
@@ -57,7 +58,10 @@ impl ControlSocket {
         let responder = Arc::clone(responder);
         std::thread::Builder::new()
             .name("control".into())
-            .spawn(move || accept(&listener, &responder))
+            .spawn(move || match seccomp::enter(Role::Control) {
+                Ok(()) => accept(&listener, &responder),
+                Err(error) => log::error!("--control: {error:#}"),
+            })
             .context("no thread for the control socket")?;
         Ok(Self { path: path.to_owned() })
     }

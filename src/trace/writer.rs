@@ -12,6 +12,7 @@ use mana_device::observe::{Event, Observer};
 use serde::Serialize;
 
 use super::END;
+use crate::seccomp::{self, Role};
 
 /// How long an event may wait before it is in the file: what a killed process may lose at most.
 const CADENCE: Duration = Duration::from_millis(50);
@@ -126,7 +127,13 @@ impl TraceFile {
         });
         let writer = Arc::clone(&shared);
         let thread = std::thread::Builder::new().name("trace".into());
-        let thread = thread.spawn(move || writer.write_on_cadence()).with_context(option)?;
+        let write = move || {
+            if let Err(error) = seccomp::enter(Role::Trace) {
+                log::error!("--trace: {error:#}");
+            }
+            writer.write_on_cadence();
+        };
+        let thread = thread.spawn(write).with_context(option)?;
         Ok(Self { shared, thread: Some(thread) })
     }
 

@@ -14,6 +14,7 @@ use anyhow::{Context, bail};
 
 use super::connection;
 use super::session::{Function, Session};
+use crate::seccomp::{self, Role};
 
 /// Told when a client has left and its session is torn down.
 pub type OnLeft = Box<dyn Fn() + Send>;
@@ -52,6 +53,10 @@ impl Server {
         let thread = std::thread::Builder::new().name("vfio-user".into());
         let name = path.to_owned();
         let serve = move || {
+            if let Err(error) = seccomp::enter(Role::VfioUser) {
+                log::error!("{}: {error:#}", name.display());
+                return;
+            }
             while let Some((stream, socket)) = next_client(&listener, &shared, &name) {
                 log::info!("{}: a client has come", name.display());
                 let mut session = Session::new(&function, Some(socket));
