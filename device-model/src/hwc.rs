@@ -133,8 +133,7 @@ impl Hwc {
         let Some(slot) = card.queues.sq(HWC_QUEUE) else { return Ran::Idle };
         let Some(memory) = card.core.dma.map() else {
             // Enabling bus mastering wakes the queue again.
-            let _ = slot.rest(slot.tail());
-            return Ran::Idle;
+            return if slot.rest(slot.tail()) { Ran::More } else { Ran::Idle };
         };
         let ram = GuestRam::new(&memory);
         for _ in 0..budget.max(1) {
@@ -154,10 +153,10 @@ impl Hwc {
         objects: &mut Objects,
         seq: &mut u64,
     ) -> Step {
+        let tail = card.queues.sq(HWC_QUEUE).map_or(0, Slot::look);
         if !self.late.is_empty() && self.deliver_late(card, ram) {
             return Step::Answered;
         }
-        let tail = card.queues.sq(HWC_QUEUE).map_or(0, Slot::tail);
         match self.sq.fetch(&self.sq.view(ram), tail, &mut self.wqe) {
             Ok(false) => return Step::Rest(tail),
             Ok(true) => {}

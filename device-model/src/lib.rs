@@ -21,6 +21,7 @@ pub mod observe;
 pub mod offload;
 pub mod packet;
 pub mod pci;
+mod pending;
 mod queues;
 mod region;
 mod ring;

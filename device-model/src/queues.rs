@@ -9,7 +9,7 @@
 
 pub mod state;
 
-use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
+use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard};
 
 use crate::bar0::Doorbell;
@@ -21,6 +21,7 @@ use crate::doors::{Waker, Work};
 use crate::host::{CqeStrikes, HELD, Later, Plan, Point, Profile, strike_event, strike_interrupt};
 use crate::observe::{Event, QueueKind, Tracer};
 use crate::pci::msix::Msix;
+use crate::pending::Pending;
 use crate::ring::{CompletionQueue, EventQueue, Moderation, Notify, PostError, Rung, WorkQueue, Wqe};
 use crate::rules::{Rule, Rules};
 use crate::sync::lock;
@@ -91,19 +92,13 @@ impl Core {
 /// A place for the queue with one id.
 pub struct Slot<Q> {
     page: AtomicU32,
-    tail: AtomicU32,
-    scheduled: AtomicBool,
+    pending: Pending,
     queue: Mutex<Option<Q>>,
 }
 
 impl<Q> Slot<Q> {
     fn empty() -> Self {
-        Self {
-            page: AtomicU32::new(NO_PAGE),
-            tail: AtomicU32::new(0),
-            scheduled: AtomicBool::new(false),
-            queue: Mutex::new(None),
-        }
+        Self { page: AtomicU32::new(NO_PAGE), pending: Pending::default(), queue: Mutex::new(None) }
     }
     /// The queue, if there is one, until the guard goes.
     pub fn lock(&self) -> MutexGuard<'_, Option<Q>> {
@@ -111,7 +106,11 @@ impl<Q> Slot<Q> {
     }
     /// Work queues: the tail of the latest doorbell, bytes.
     pub fn tail(&self) -> u32 {
-        self.tail.load(Ordering::SeqCst)
+        self.pending.tail()
+    }
+    /// The same, for who is about to run the queue.
+    pub fn look(&self) -> u32 {
+        self.pending.look()
     }
     /// No queue has this id.
     pub fn is_free(&self) -> bool {
@@ -119,8 +118,7 @@ impl<Q> Slot<Q> {
     }
     fn open(&self, page: u32, queue: Option<Q>) {
         *self.lock() = queue;
-        self.tail.store(0, Ordering::SeqCst);
-        self.scheduled.store(false, Ordering::SeqCst);
+        self.pending.reset();
         self.page.store(page, Ordering::Release);
     }
     /// Take the queue out; whoever was using it has finished when this returns.
@@ -131,13 +129,7 @@ impl<Q> Slot<Q> {
     /// The runner has found nothing left up to `seen`. `true` if a doorbell came meanwhile and the runner must go on.
     #[must_use]
     pub fn rest(&self, seen: u32) -> bool {
-        self.scheduled.store(false, Ordering::SeqCst);
-        self.tail() != seen && !self.scheduled.swap(true, Ordering::SeqCst)
-    }
-    /// Ask for a run; `true` if whoever runs the queue must be woken.
-    #[must_use]
-    fn schedule(&self) -> bool {
-        !self.scheduled.load(Ordering::SeqCst) && !self.scheduled.swap(true, Ordering::SeqCst)
+        self.pending.rest(seen)
     }
 }
 
@@ -487,15 +479,14 @@ impl Queues {
     }
     fn ring_sq(&self, page: u32, id: u32, tail: u32) -> bool {
         let Some(slot) = live(&self.sqs, page, id) else { return false };
-        slot.tail.store(tail, Ordering::SeqCst);
-        if slot.schedule() {
+        if slot.pending.ring(tail) {
             self.core.waker.wake(if id == HWC_QUEUE { Work::Hwc } else { Work::Transmit { sq: id } });
         }
         true
     }
     fn ring_rq(&self, page: u32, id: u32, tail: u32, wqe_count: u8) -> bool {
         let Some(slot) = live(&self.rqs, page, id) else { return false };
-        slot.tail.store(tail, Ordering::SeqCst);
+        slot.pending.post(tail);
         if wqe_count != 0 {
             self.core.broken(Rule::RqDoorbellCount, || format!("count {wqe_count} for RQ {id}"));
         }
@@ -580,7 +571,7 @@ impl Queues {
     /// Have send queue `id` run again if it has something posted: what it waited for has come.
     pub fn resume(&self, id: u32) {
         let Some(slot) = self.sq(id) else { return };
-        if !slot.is_free() && slot.schedule() {
+        if !slot.is_free() && slot.pending.resume() {
             self.core.waker.wake(if id == HWC_QUEUE { Work::Hwc } else { Work::Transmit { sq: id } });
         }
     }

@@ -102,7 +102,7 @@ pub fn run(queues: &Queues, vports: &[Vport], id: u32, budget: usize) -> Ran {
         if left == 0 {
             break Ran::More;
         }
-        let tail = slot.tail();
+        let tail = slot.look();
         let mut queue = slot.lock();
         let Some(wq) = queue.as_mut().filter(|wq| !wq.stopped) else { break rest(slot, tail) };
         let Some(vport) = vports.get(wq.vport) else { break rest(slot, tail) };

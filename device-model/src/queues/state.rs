@@ -78,7 +78,7 @@ impl<Q> Slot<Q> {
     }
     /// The latest doorbell said `tail`.
     pub fn load_tail(&self, tail: u32) {
-        self.tail.store(tail, Ordering::SeqCst);
+        self.pending.post(tail);
     }
 }
 
