@@ -1,7 +1,7 @@
 //! The simulated host behind the card: what it does wrong on command.
 //!
 //! A fault says where it strikes (a command, an event, a completion, ...), which of those it means, and what happens to
-//! them. [`Plan`] keeps all faults; the places where a fault can strike ask it, and with no fault set that costs them
+//! them. `Plan` keeps all faults; the places where a fault can strike ask it, and with no fault set that costs them
 //! one load. What strikes depends on the faults and on what the driver does, never on time or chance, so that the same
 //! words give the same run.
 //!
