@@ -17,7 +17,7 @@ use mana_device::host::{Answer, Profile};
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
-pub use socket::{ControlSocket, ask};
+pub use socket::{ControlSocket, Respond, ask};
 
 /// Longest request, bytes.
 pub const MAX_REQUEST: usize = 64 << 10;
@@ -46,6 +46,12 @@ struct Refused {
     id: Value,
     ok: bool,
     error: String,
+}
+
+/// The answer to `request` that says no, because of `error`.
+pub fn refusal(request: &str, error: &str) -> String {
+    let id = serde_json::from_str::<Request>(request).map(|request| request.id).unwrap_or_default();
+    serde_json::to_string(&Refused { id, ok: false, error: error.to_owned() }).unwrap_or_default()
 }
 
 /// The profile `name` of those that come with the card, or in a file.

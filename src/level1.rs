@@ -3,11 +3,13 @@
 //! It loads KVM, then runs jobs as level 0 orders them (see [`crate::nested::link`]), each in a process of its own, and
 //! sends what they write. Level 1 ends with a power-off, or with a reboot that ends QEMU when anything here fails.
 
+mod relay;
 mod stage;
 
 use std::fs::{File, OpenOptions};
 use std::io::{self, Read, Write};
 use std::os::unix::process::ExitStatusExt;
+use std::path::Path;
 use std::process::{Command, ExitCode, ExitStatus, Stdio};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::{self, JoinHandle};
@@ -104,12 +106,14 @@ fn prepare() -> Result<Orders> {
 /// Until level 0 says to power off.
 fn serve_orders(orders: &Orders, link: &Link, incoming: &mut File) -> Result<()> {
     let mut input = None;
+    let mut control = None;
     loop {
         match Order::read(incoming).context("the link to level 0 broke")? {
             Order::Run(index) => {
                 let job =
                     orders.jobs.get(index as usize).context("level 0 ordered a job that is not there")?;
                 let running = start(index, job, link)?;
+                control.clone_from(&job.control);
                 input = Some(running.input);
                 let link = Arc::clone(link);
                 thread::spawn(move || {
@@ -123,6 +127,7 @@ fn serve_orders(orders: &Orders, link: &Link, incoming: &mut File) -> Result<()>
             // A job that is over takes no input any more.
             Order::Input(bytes) => drop(input.as_mut().map(|input: &mut File| input.write_all(&bytes))),
             Order::InputEnd => input = None,
+            Order::Control(number, request) => relay::pass_on(number, request, control.clone(), link),
             Order::PowerOff => return Ok(()),
         }
     }
@@ -150,6 +155,9 @@ fn start(index: u32, job: &Job, link: &Link) -> Result<Started> {
         let fifo = stage::make_fifo(path)?;
         forwarders.push(forward(stream, File::open(path)?, link));
         fifos.push(fifo);
+    }
+    if let Some(folder) = job.control.as_deref().and_then(Path::parent) {
+        std::fs::create_dir_all(folder)?;
     }
     let (input, its_input) = if job.terminal { stage::raw_pty()? } else { stage::pipe()? };
     let mut command = match &job.task {

@@ -7,6 +7,7 @@
 pub mod emulator;
 pub mod job;
 pub mod link;
+mod relay;
 mod terminal;
 
 use std::fs::File;
@@ -22,10 +23,12 @@ use anyhow::{Context, Result, ensure};
 use thiserror::Error;
 
 use crate::config::{DiskConfig, VmConfig};
+use crate::control::ControlSocket;
 use crate::initramfs::modules::ModuleFolder;
 use emulator::{Emulator, Machine};
 use job::{Parcel, Task};
 use link::{FIRST_FILE, Order, Report, STDERR, STDOUT};
+use relay::Relay;
 
 /// For level 1 to come up: a few seconds, on a loaded machine many.
 const BOOT_PATIENCE: Duration = Duration::from_secs(240);
@@ -176,6 +179,9 @@ impl Level1 {
         self.order(&Order::Run(index))?;
         let _raw = parcel.job.terminal.then(terminal::Raw::new).transpose()?;
         self.forward_input();
+        let relay = Arc::new(Relay::new(Arc::clone(&self.orders)));
+        let socket = parcel.control.as_deref().map(|path| ControlSocket::open(path, &relay));
+        let _socket = socket.transpose()?;
         let timeout = match &parcel.job.task {
             Task::Boot(config) => config.timeout,
             Task::Command { .. } => None,
@@ -188,6 +194,7 @@ impl Level1 {
                 Some(Report::Ended(code)) => return Ok(code),
                 Some(Report::Failed(reason)) => return Err(Trouble::Unfit(reason).into()),
                 Some(Report::Ready) => {}
+                Some(Report::Answer(number, part)) => relay.answered(number, &part),
                 None => {
                     eprintln!("mana-vmm: the emulated machine does not answer; time is up");
                     return Ok(TIMED_OUT);

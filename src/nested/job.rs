@@ -53,6 +53,8 @@ pub struct Job {
     pub terminal: bool,
     /// Value of `MANA_LOG`.
     pub log: Option<String>,
+    /// Where it takes requests to the simulated host.
+    pub control: Option<PathBuf>,
 }
 
 /// All that level 1 has to know.
@@ -78,13 +80,16 @@ pub struct Parcel {
     pub disks: Vec<DiskConfig>,
     /// Files of this machine for the job's outputs, in the order of [`Job::outputs`], each with the option it is of.
     pub files: Vec<(&'static str, PathBuf)>,
+    /// Where this machine takes requests for the job's simulated host.
+    pub control: Option<PathBuf>,
 }
 
 impl Parcel {
     /// Does level 1 run guests at all?
     pub fn probe() -> Self {
-        let job = Job { task: Task::Probe, outputs: Vec::new(), terminal: false, log: None };
-        Self { job, inputs: Vec::new(), made: Vec::new(), disks: Vec::new(), files: Vec::new() }
+        let job = Job { task: Task::Probe, outputs: Vec::new(), terminal: false, log: None, control: None };
+        let (inputs, made, disks, files) = (Vec::new(), Vec::new(), Vec::new(), Vec::new());
+        Self { job, inputs, made, disks, files, control: None }
     }
 
     /// The boot of `config`, as job number `index` of a level 1.
@@ -93,11 +98,6 @@ impl Parcel {
     /// One sentence when a file is missing or the configuration can't be had in a nested run.
     pub fn boot(index: usize, mut config: VmConfig, terminal: bool) -> Result<Self> {
         config.netdevs.iter().try_for_each(can_be_had)?;
-        if config.control.is_some() {
-            bail!(
-                "--control: a nested run can't reach this machine's sockets; use mana-agent host in the guest"
-            );
-        }
         let mut parcel = Self::probe();
         match &config.initrd {
             Some(initrd) => config.initrd = Some(parcel.take(initrd)?),
@@ -124,6 +124,10 @@ impl Parcel {
                 parcel.job.outputs.push(there.clone());
                 *file = Some(there);
             }
+        }
+        if config.control.is_some() {
+            parcel.control = config.control.replace(folder.join("control"));
+            parcel.job.control.clone_from(&config.control);
         }
         for (letter, disk) in ('a'..).zip(&mut config.disks) {
             parcel.disks.push(disk.clone());

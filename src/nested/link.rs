@@ -16,6 +16,8 @@ pub enum Order {
     Input(Vec<u8>),
     /// The standard input has ended.
     InputEnd,
+    /// A request for the running job's simulated host, which has this number.
+    Control(u32, Vec<u8>),
     /// All is done.
     PowerOff,
 }
@@ -36,6 +38,8 @@ pub enum Report {
     Ended(u8),
     /// Level 1 can't go on; one sentence.
     Failed(String),
+    /// Part of the answer to the request with this number; the last one is empty.
+    Answer(u32, Vec<u8>),
 }
 
 /// Stream of a job's standard output.
@@ -52,6 +56,7 @@ impl Order {
             Self::Run(job) => write_frame(link, b'R', *job, &[]),
             Self::Input(bytes) => write_frame(link, b'I', 0, bytes),
             Self::InputEnd => write_frame(link, b'Z', 0, &[]),
+            Self::Control(number, request) => write_frame(link, b'C', *number, request),
             Self::PowerOff => write_frame(link, b'P', 0, &[]),
         }
     }
@@ -62,6 +67,7 @@ impl Order {
             (b'R', job, _) => Ok(Self::Run(job)),
             (b'I', _, bytes) => Ok(Self::Input(bytes)),
             (b'Z', ..) => Ok(Self::InputEnd),
+            (b'C', number, request) => Ok(Self::Control(number, request)),
             (b'P', ..) => Ok(Self::PowerOff),
             (kind, ..) => Err(unknown(kind)),
         }
@@ -76,6 +82,7 @@ impl Report {
             Self::Output { stream, bytes } => write_frame(link, b'o', *stream, bytes),
             Self::Ended(code) => write_frame(link, b'e', u32::from(*code), &[]),
             Self::Failed(reason) => write_frame(link, b'f', 0, reason.as_bytes()),
+            Self::Answer(number, part) => write_frame(link, b'a', *number, part),
         }
     }
 
@@ -84,6 +91,7 @@ impl Report {
         match read_frame(link)? {
             (b'r', ..) => Ok(Self::Ready),
             (b'o', stream, bytes) => Ok(Self::Output { stream, bytes }),
+            (b'a', number, part) => Ok(Self::Answer(number, part)),
             (b'e', code, _) => Ok(Self::Ended(code.to_le_bytes()[0])),
             (b'f', _, reason) => Ok(Self::Failed(String::from_utf8_lossy(&reason).into_owned())),
             (kind, ..) => Err(unknown(kind)),
@@ -129,7 +137,13 @@ mod tests {
 
     #[test]
     fn what_is_sent_arrives() {
-        let orders = [Order::Run(7), Order::Input(vec![1, 0x78]), Order::InputEnd, Order::PowerOff];
+        let orders = [
+            Order::Run(7),
+            Order::Input(vec![1, 0x78]),
+            Order::InputEnd,
+            Order::Control(3, vec![9]),
+            Order::PowerOff,
+        ];
         let mut wire = Vec::new();
         orders.iter().for_each(|order| order.write(&mut wire).unwrap());
         let mut rest = &wire[..];
@@ -141,6 +155,7 @@ mod tests {
             Report::Output { stream: 3, bytes: vec![0; MAX_PAYLOAD] },
             Report::Ended(5),
             Report::Failed("no".into()),
+            Report::Answer(3, vec![7]),
         ];
         let mut wire = Vec::new();
         reports.iter().for_each(|report| report.write(&mut wire).unwrap());
