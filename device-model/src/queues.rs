@@ -9,7 +9,7 @@
 
 pub mod state;
 
-use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard};
 
 use crate::bar0::Doorbell;
@@ -93,12 +93,19 @@ impl Core {
 pub struct Slot<Q> {
     page: AtomicU32,
     pending: Pending,
+    /// A queue was here, whose last word may still come.
+    parting: AtomicBool,
     queue: Mutex<Option<Q>>,
 }
 
 impl<Q> Slot<Q> {
     fn empty() -> Self {
-        Self { page: AtomicU32::new(NO_PAGE), pending: Pending::default(), queue: Mutex::new(None) }
+        Self {
+            page: AtomicU32::new(NO_PAGE),
+            pending: Pending::default(),
+            parting: AtomicBool::new(false),
+            queue: Mutex::new(None),
+        }
     }
     /// The queue, if there is one, until the guard goes.
     pub fn lock(&self) -> MutexGuard<'_, Option<Q>> {
@@ -119,12 +126,19 @@ impl<Q> Slot<Q> {
     fn open(&self, page: u32, queue: Option<Q>) {
         *self.lock() = queue;
         self.pending.reset();
+        self.parting.store(false, Ordering::Relaxed);
         self.page.store(page, Ordering::Release);
     }
     /// Take the queue out; whoever was using it has finished when this returns.
     fn close(&self) -> Option<Q> {
         self.page.store(NO_PAGE, Ordering::Release);
-        self.lock().take()
+        let queue = self.lock().take();
+        self.parting.fetch_or(queue.is_some(), Ordering::Relaxed);
+        queue
+    }
+    /// The one doorbell that may come after the queue's end.
+    fn take_last_word(&self) -> bool {
+        self.parting.swap(false, Ordering::Relaxed)
     }
     /// The runner has found nothing left up to `seen`. `true` if a doorbell came meanwhile and the runner must go on.
     #[must_use]
@@ -265,19 +279,6 @@ pub struct Queues {
 
 fn slots<Q>(count: u32) -> Box<[Slot<Q>]> {
     (0..count).map(|_| Slot::empty()).collect()
-}
-
-/// A doorbell of the hardware channel that may come when the channel is gone, and breaks no rule: the handler of the
-/// last answer's interrupt first wakes the driver's unload, which tears the channel down at once, and then rings for
-/// the CQ and the EQ (`mana_hwc_comp_event`, hw_channel.c; `mana_gd_process_eq_events`, gdma_main.c). Kernels before
-/// 6.11 post their receive buffer that late, too.
-fn is_last_word_of_hwc(doorbell: Doorbell) -> bool {
-    matches!(
-        doorbell,
-        Doorbell::Eq { id: HWC_QUEUE, .. }
-            | Doorbell::Cq { id: HWC_QUEUE, .. }
-            | Doorbell::Rq { id: HWC_QUEUE, .. }
-    )
 }
 
 impl Queues {
@@ -472,9 +473,23 @@ impl Queues {
         };
         if !live {
             self.core.counters.doorbell_dead.bump();
-            if !is_last_word_of_hwc(doorbell) {
+            if !self.is_last_word(doorbell) {
                 self.core.broken(Rule::DoorbellLiveQueue, || format!("{doorbell:?} on page {page}"));
             }
+        }
+    }
+    /// A doorbell that may come when its queue is gone, and breaks no rule: an interrupt's handler first wakes whoever
+    /// waits for the event, and then rings for the EQ (`mana_gd_process_eq_events`, gdma_main.c). The last answer of the
+    /// hardware channel is what the driver's unload waits for, which tears the channel down at once; the CQ is rung that
+    /// late, too (`mana_hwc_comp_event`, hw_channel.c), and before 6.11 the receive buffer is posted that late. A test
+    /// event is what the destruction of an EQ waits for (`mana_gd_test_eq`); one handler at most is on its way then.
+    fn is_last_word(&self, doorbell: Doorbell) -> bool {
+        match doorbell {
+            Doorbell::Eq { id: HWC_QUEUE, .. }
+            | Doorbell::Cq { id: HWC_QUEUE, .. }
+            | Doorbell::Rq { id: HWC_QUEUE, .. } => true,
+            Doorbell::Eq { id, arm: true, .. } => self.eqs.get(id as usize).is_some_and(Slot::take_last_word),
+            _ => false,
         }
     }
     fn ring_sq(&self, page: u32, id: u32, tail: u32) -> bool {

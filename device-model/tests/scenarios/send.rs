@@ -198,6 +198,23 @@ fn doorbells_backwards_and_for_dead_queues_harm_nobody_else() {
     assert_eq!(violations, [("doorbell-live-queue", 5), ("doorbell-tail", 1)]);
 }
 
+/// The handler of the test event that the destruction of an event queue waits for rings after the queue is gone.
+#[test]
+fn an_event_queue_may_be_armed_once_after_its_end() {
+    let world = World::default();
+    let mut driver = up(&world);
+    let page = driver.netdevs[0].tx[0].wq.page();
+    let ids: Vec<_> = driver.port_eqs(0).into_iter().map(|key| driver.eq_id(key)).collect();
+    driver.ifdown(0).unwrap();
+    let dead = world.counter("doorbell_dead");
+    let arm = |id: u32| page.ring(&world, 0xff8, u64::from(id) | 1 << 63);
+    ids.iter().for_each(|&id| arm(id));
+    assert_eq!(world.counter("doorbell_dead"), dead + ids.len() as u64);
+    assert_eq!(world.device.violations().0, []);
+    arm(ids[0]);
+    assert_eq!(world.device.violations().0, [("doorbell-live-queue", 1)]);
+}
+
 #[test]
 fn rings_may_be_destroyed_while_busy() {
     let world = World::default();
