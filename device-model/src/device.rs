@@ -266,7 +266,7 @@ impl ManaDevice {
                 return self.answer_struck(&mut window, request);
             }
             let status = lock(&self.firmware).shared_memory(&self.card, &request);
-            window.respond(request.header.response(status));
+            window.answer(&request, status);
         }
     }
     /// As the faults of the simulated host want it: late, never, or with another answer.
@@ -298,7 +298,7 @@ impl ManaDevice {
         let mut window = lock(&self.window);
         if let Some(request) = window.take_kept(now_ns) {
             let status = lock(&self.firmware).shared_memory(&self.card, &request);
-            window.respond(request.header.response(status));
+            window.answer(&request, status);
         }
     }
     /// Do `work`, at most `budget` requests or packets of it. One piece of work never runs on two threads at

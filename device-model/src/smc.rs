@@ -1,8 +1,10 @@
 //! The shared-memory channel: 32 bytes in BAR0 through which the driver has the hardware channel established and
 //! destroyed.
 //!
-//! The write of the last dword is the request; the answer stands there when that write is done, so the driver never
-//! sees the card owning the window.
+//! The write of the last dword is the request. The answer stands there when that write is done, but that to DESTROY_HWC:
+//! the driver sees the card owning the window once, and sleeps for a millisecond before it looks again, as it does with
+//! firmware that takes its time. The handler of the channel's last interrupt, which has woken the unload and still rings
+//! its queues, needs that millisecond: without it, drivers until 6.12 tear the channel's doorbell from under the handler.
 //!
 //! Source: `mana_smc_setup_hwc`, `mana_smc_teardown_hwc` (shm_channel.c); the sheet's section 3.
 
@@ -11,7 +13,7 @@ pub mod state;
 use zerocopy::IntoBytes;
 
 use crate::bar0::SHM_SIZE;
-use crate::wire::smc::Header;
+use crate::wire::smc::{Header, Kind};
 
 /// Bytes of the window.
 const SIZE: usize = SHM_SIZE as usize;
@@ -24,6 +26,8 @@ pub struct Window {
     bytes: [u8; SIZE],
     /// A request that the simulated host lets wait, and when it is served.
     kept: Option<(u64, Request)>,
+    /// The header with the answer, once the driver has looked in vain.
+    withheld: Option<Header>,
 }
 
 /// A request, as it stood in the window when its last dword was written.
@@ -37,7 +41,15 @@ pub struct Request {
 
 impl Window {
     /// Read from byte `offset`.
-    pub fn read(&self, offset: u32, data: &mut [u8]) {
+    pub fn read(&mut self, offset: u32, data: &mut [u8]) {
+        self.peek(offset, data);
+        if offset as usize + data.len() > HEADER
+            && let Some(header) = self.withheld.take()
+        {
+            self.respond(header);
+        }
+    }
+    fn peek(&self, offset: u32, data: &mut [u8]) {
         let from = self.bytes.get(offset as usize..).unwrap_or_default();
         data.iter_mut().zip(from).for_each(|(to, from)| *to = *from);
     }
@@ -46,6 +58,9 @@ impl Window {
         let to = self.bytes.get_mut(offset as usize..).unwrap_or_default();
         to.iter_mut().zip(data).for_each(|(to, from)| *to = *from);
         let complete = offset as usize + data.len() == SIZE;
+        if complete {
+            self.withheld = None;
+        }
         complete.then(|| Request { header: Header(self.header()), window: self.bytes })
     }
     /// The card keeps the window, and `kept`, if there is something, until its time.
@@ -65,8 +80,18 @@ impl Window {
     }
     fn header(&self) -> u32 {
         let mut word = [0; 4];
-        self.read(HEADER as u32, &mut word);
+        self.peek(HEADER as u32, &mut word);
         u32::from_le_bytes(word)
+    }
+    /// Answer `request` with `status`.
+    pub fn answer(&mut self, request: &Request, status: u8) {
+        let header = request.header.response(status);
+        if request.header.kind() == Kind::DestroyHwc {
+            self.respond(Header(header.0 | Header::CARD_OWNS));
+            self.withheld = Some(header);
+        } else {
+            self.respond(header);
+        }
     }
     /// Put the answer where the request was.
     pub fn respond(&mut self, header: Header) {
@@ -88,10 +113,28 @@ mod tests {
         let request = window.write(28, &1_u32.to_le_bytes()).expect("request");
         assert_eq!(request.header, Header(1));
         assert_eq!(request.window[24], 24);
-        window.respond(request.header.response(0));
+        window.answer(&request, 0);
         let mut word = [0; 4];
         window.read(28, &mut word);
         assert_eq!(u32::from_le_bytes(word), 0x81);
         assert!(window.write(24, &[0, 0, 0, 0, 2, 0, 0, 0]).is_some());
+    }
+
+    #[test]
+    fn the_end_of_the_channel_is_answered_at_the_second_look() {
+        let mut window = Window::default();
+        let request = window.write(28, &2_u32.to_le_bytes()).expect("request");
+        window.answer(&request, 0);
+        let saved = window.save();
+        let mut look = || {
+            let mut word = [0; 4];
+            window.read(24, &mut [0; 4]);
+            window.read(28, &mut word);
+            u32::from_le_bytes(word)
+        };
+        assert_eq!([look(), look(), look()], [0x8000_0082, 0x82, 0x82]);
+        let mut restored = Window::default();
+        restored.load(saved);
+        assert_eq!(restored.header(), 0x82);
     }
 }
