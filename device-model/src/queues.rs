@@ -327,7 +327,11 @@ impl Queues {
         }
         let result = post(cq);
         let (notify, eq) = (cq.notification(|| self.core.tracer.now_ns()), cq.parent_eq());
+        let overdue = cq.is_overdue();
         drop(slot);
+        if overdue {
+            self.core.broken(Rule::ConsumerLaps, || format!("CQ {id} has not been rung for seven laps"));
+        }
         if self.notify(id, notify) {
             self.post_event(ram, eq, EventEntry::Completion(id));
         }
@@ -578,6 +582,9 @@ impl Queues {
         if rung.impossible {
             self.core.counters.doorbell_tail.bump();
             self.core.broken(Rule::ConsumerTail, || format!("tail {tail} for {kind:?} {id}"));
+        }
+        if rung.backward {
+            self.core.broken(Rule::ConsumerForward, || format!("tail {tail} for {kind:?} {id} goes back"));
         }
         if let Some(Err(error)) = held {
             count!(self.core.counters.completions_lost, "entry lost on {kind:?} {id}: {error}");

@@ -190,6 +190,8 @@ pub struct Rung {
     pub freed: bool,
     /// The tail makes no sense: overflow, or the driver counts differently.
     pub impossible: bool,
+    /// The tail is one that the driver had passed already.
+    pub backward: bool,
 }
 
 /// Producer, consumer and arm state that completion and event queues share.
@@ -264,10 +266,10 @@ impl Cursor {
             return self.ring_ahead(modulus - behind, arm);
         }
         let consumer = self.producer - behind;
-        let freed = consumer > self.consumer;
+        let (freed, backward) = (consumer > self.consumer, consumer < self.consumer);
         self.consumer = self.consumer.max(consumer);
         self.armed_at = arm.then_some(consumer);
-        Rung { freed, impossible: false }
+        Rung { freed, impossible: false, backward }
     }
     /// A tail `ahead` of the producer: rdma-core arms a completion queue so for an entry that is still to come.
     fn ring_ahead(&mut self, ahead: u64, arm: bool) -> Rung {
@@ -400,6 +402,11 @@ impl CompletionQueue {
     /// has entries, but need ring the completion queue only once in eight laps. Check before a WQE is consumed.
     pub fn room(&self) -> u32 {
         self.capacity().saturating_sub(self.cursor.outstanding() + self.held.len() as u64) as u32
+    }
+    /// The driver has not rung for as many laps as there can be.
+    #[inline]
+    pub fn is_overdue(&self) -> bool {
+        self.cursor.outstanding() >= self.capacity()
     }
     /// Most completions that the driver may not have told of.
     fn capacity(&self) -> u64 {

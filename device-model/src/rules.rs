@@ -18,6 +18,10 @@ pub enum Rule {
     RqDoorbellCount,
     /// A completion or event queue's tail follows the entries that were posted.
     ConsumerTail,
+    /// A completion or event queue's tail never goes back.
+    ConsumerForward,
+    /// A completion queue is rung at least once in eight laps; after seven the card waits.
+    ConsumerLaps,
     /// A WQE's counts fit its queue and what was posted.
     WqeShape,
     /// A scatter/gather entry carries the device's memory key.
@@ -33,11 +37,13 @@ pub enum Rule {
 }
 
 impl Rule {
-    const ALL: [Self; 10] = [
+    const ALL: [Self; 12] = [
         Self::DoorbellLiveQueue,
         Self::DoorbellTail,
         Self::RqDoorbellCount,
         Self::ConsumerTail,
+        Self::ConsumerForward,
+        Self::ConsumerLaps,
         Self::WqeShape,
         Self::MemoryKey,
         Self::LsoHeaders,
@@ -52,6 +58,8 @@ impl Rule {
             Self::DoorbellTail => "doorbell-tail",
             Self::RqDoorbellCount => "rq-doorbell-count",
             Self::ConsumerTail => "consumer-tail",
+            Self::ConsumerForward => "consumer-forward",
+            Self::ConsumerLaps => "consumer-laps",
             Self::WqeShape => "wqe-shape",
             Self::MemoryKey => "memory-key",
             Self::LsoHeaders => "lso-headers",

@@ -425,11 +425,17 @@ impl<'a, 'm> Sender<'a, 'm> {
             return Err(Broken::LsoEntries { entries, first: header_len }.into());
         };
         frame.copy_to(header);
+        let not_headers = |error: HeaderError| {
+            let why = || format!("SQ {}: the {header_len} bytes of the first entry", self.id);
+            self.core.broken(Rule::LsoHeaders, why);
+            Failure::from(error)
+        };
         let (template, v4, v6) = if oob.is_encapsulated() {
             let inner = usize::from(oob.inner_ip_offset());
-            (Template::encapsulated(header, inner)?, !oob.inner_is_ipv6(), oob.inner_is_ipv6())
+            let template = Template::encapsulated(header, inner).map_err(not_headers)?;
+            (template, !oob.inner_is_ipv6(), oob.inner_is_ipv6())
         } else {
-            (Template::new(header)?, oob.is_outer_ipv4(), oob.is_outer_ipv6())
+            (Template::new(header).map_err(not_headers)?, oob.is_outer_ipv4(), oob.is_outer_ipv6())
         };
         let payload = frame.len - header_len;
         let mss = usize::from(wqe.header().client_data_unit());

@@ -125,6 +125,20 @@ fn owner_bits_count_laps_and_doorbells_free_slots() {
 }
 
 #[test]
+fn a_tail_that_goes_back_takes_nothing_back() {
+    let memory = memory();
+    let mut queue = CompletionQueue::new(RingMemory::page(RING), 0);
+    for _ in 0..10 {
+        queue.post(&queue.view(&GuestRam::new(&memory)), &[0; 60], 5, true).expect("room");
+    }
+    let rung = |freed, backward| Rung { freed, impossible: false, backward };
+    assert_eq!(queue.ring(64 + 7, false), rung(true, false));
+    assert_eq!(queue.ring(64 + 7, true), rung(false, false), "rung once more, to be armed");
+    assert_eq!(queue.ring(64 + 3, false), rung(false, true));
+    assert_eq!(queue.free(), 61);
+}
+
+#[test]
 fn completions_stop_before_laps_become_ambiguous() {
     let memory = memory();
     let mut queue = CompletionQueue::new(RingMemory::page(RING), 0);

@@ -514,6 +514,7 @@ fn full_completion_queue_holds_the_send_queue_back() {
         }
     }
     assert_eq!(sent, 7 * 64);
+    assert_eq!(rig.queues.core().rules.fields().0, [("consumer-laps", 1)]);
     rig.woken.0.lock().unwrap().clear();
     sq.ring_cq(&rig, true);
     assert_eq!(*rig.woken.0.lock().unwrap(), [Work::Transmit { sq: 1 }]);

@@ -194,8 +194,11 @@ fn doorbells_backwards_and_for_dead_queues_harm_nobody_else() {
     assert_eq!(driver.netdevs[0].tx[0].completions, [32, 42]);
     assert_eq!(world.counter("tx_err_gdma"), 1);
     assert_others_work(&mut driver);
+    // The completion queue's tail, taken back by one entry.
+    let cq = driver.completion_queue(driver.netdevs[0].tx[1].cq);
+    ring(0x800, cq.id, cq.head() - 1);
     let violations = world.device.violations().0;
-    assert_eq!(violations, [("doorbell-live-queue", 5), ("doorbell-tail", 1)]);
+    assert_eq!(violations, [("doorbell-live-queue", 5), ("doorbell-tail", 1), ("consumer-forward", 1)]);
 }
 
 /// The handler of the test event that the destruction of an event queue waits for rings after the queue is gone.
