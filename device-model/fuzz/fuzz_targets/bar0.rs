@@ -4,10 +4,10 @@
 use std::cell::RefCell;
 
 use libfuzzer_sys::fuzz_target;
-use mana_test_driver::exercise::{Machine, bar0, case};
+use mana_test_driver::exercise::{Player, bar0};
 
 thread_local! {
-    static MACHINE: RefCell<Machine> = RefCell::new(Machine::new());
+    static PLAYER: RefCell<Player> = RefCell::new(Player::new(bar0::play));
 }
 
-fuzz_target!(|input: &[u8]| MACHINE.with_borrow_mut(|machine| case(machine, bar0::play, input)));
+fuzz_target!(|input: &[u8]| PLAYER.with_borrow_mut(|player| player.case(input)));

@@ -4,10 +4,10 @@
 use std::cell::RefCell;
 
 use libfuzzer_sys::fuzz_target;
-use mana_test_driver::exercise::{Machine, case, config};
+use mana_test_driver::exercise::{Player, config};
 
 thread_local! {
-    static MACHINE: RefCell<Machine> = RefCell::new(Machine::new());
+    static PLAYER: RefCell<Player> = RefCell::new(Player::new(config::play));
 }
 
-fuzz_target!(|input: &[u8]| MACHINE.with_borrow_mut(|machine| case(machine, config::play, input)));
+fuzz_target!(|input: &[u8]| PLAYER.with_borrow_mut(|player| player.case(input)));

@@ -4,10 +4,10 @@
 use std::cell::RefCell;
 
 use libfuzzer_sys::fuzz_target;
-use mana_test_driver::exercise::{Machine, case, device};
+use mana_test_driver::exercise::{Player, device};
 
 thread_local! {
-    static MACHINE: RefCell<Machine> = RefCell::new(Machine::new());
+    static PLAYER: RefCell<Player> = RefCell::new(Player::new(device::play));
 }
 
-fuzz_target!(|input: &[u8]| MACHINE.with_borrow_mut(|machine| case(machine, device::play, input)));
+fuzz_target!(|input: &[u8]| PLAYER.with_borrow_mut(|player| player.case(input)));

@@ -47,6 +47,51 @@ pub const TARGETS: [(&str, Play); 7] = [
     ("device", device::play),
 ];
 
+/// After so many cases, memory that none of them should have touched is looked at, too.
+const SWEEP: usize = 64;
+
+/// A machine for case after case.
+pub struct Player {
+    machine: Machine,
+    play: Play,
+    /// The last [`SWEEP`] inputs at most, and the number of all.
+    recent: [Vec<u8>; SWEEP],
+    cases: usize,
+}
+
+impl Player {
+    /// One that plays inputs of this target.
+    pub fn new(play: Play) -> Self {
+        Self { machine: Machine::new(), play, recent: std::array::from_fn(|_| Vec::new()), cases: 0 }
+    }
+    /// As [`case`], but all of memory is looked at after the first [`SWEEP`] cases, so that a single one is judged
+    /// whole, and from then on after as many at once.
+    ///
+    /// # Panics
+    /// The card breaks a promise, now or, as the message says, at an earlier input.
+    pub fn case(&mut self, input: &[u8]) {
+        let kept = &mut self.recent[self.cases % SWEEP];
+        kept.clear();
+        kept.extend_from_slice(input);
+        (self.play)(&mut self.machine, input);
+        self.machine.end();
+        self.cases += 1;
+        if (self.cases < SWEEP || self.cases.is_multiple_of(SWEEP)) && !self.machine.ram.is_clear() {
+            self.blame();
+        }
+    }
+    /// Which of the last inputs was it that had the card write where nobody looked?
+    fn blame(&self) -> ! {
+        for input in &self.recent {
+            let mut machine = Machine::new();
+            (self.play)(&mut machine, input);
+            machine.end();
+            assert!(machine.ram.is_clear(), "the card wrote where nobody had granted it: input {input:02x?}");
+        }
+        panic!("the card wrote where nobody had granted it, after several of {:02x?}", self.recent);
+    }
+}
+
 /// Play one input, look at what it has done to memory, and reset the machine.
 ///
 /// # Panics
@@ -54,6 +99,7 @@ pub const TARGETS: [(&str, Play); 7] = [
 pub fn case(machine: &mut Machine, play: Play, input: &[u8]) {
     play(machine, input);
     machine.end();
+    assert!(machine.ram.is_clear(), "the card wrote where nobody had granted it");
 }
 
 /// `sum` with `bytes` mixed in.
