@@ -98,6 +98,10 @@ impl Region {
         if let Some(bad) = pages.clone().find(|page| page % u64::from(PAGE_SIZE) != 0) {
             return Err(RegionError::Alignment(bad));
         }
+        if self.pages.is_empty() {
+            // As many as the caller has accounted for, not the next power of two.
+            self.pages.reserve_exact(missing);
+        }
         self.pages.extend(pages);
         Ok(())
     }
