@@ -1,5 +1,6 @@
 //! Frames and out-of-band data for this crate's tests; the frames and their checksums are etherparse's.
 
+mod pending;
 pub mod rig;
 
 use etherparse::PacketBuilder;
