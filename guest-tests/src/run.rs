@@ -154,16 +154,18 @@ impl Job {
             Err(error) => found.problems.push(format!("{error:#}")),
         }
         let verdict =
-            Verdict::judge(code, std::mem::take(&mut found.problems), self.expected_failure(settings));
+            Verdict::judge(code, std::mem::take(&mut found.problems), &self.expected_failures(settings));
         let Findings { combinations, coverage, .. } = found;
         Outcome { repeated, combinations, coverage, ..Outcome::new(verdict, start) }
     }
 
     /// What this kernel's own driver is known for.
-    pub fn expected_failure(&self, settings: &Settings) -> Option<&ExpectedFailure> {
-        let guest = self.guest.as_ref()?.as_ref().ok()?;
-        let is_for = |expected: &&ExpectedFailure| expected.guests.iter().any(|series| guest.is_of(series));
-        if settings.driver.is_some() { None } else { self.scenario.expect_failure.iter().find(is_for) }
+    pub fn expected_failures(&self, settings: &Settings) -> Vec<&ExpectedFailure> {
+        let Some(Ok(guest)) = &self.guest else { return Vec::new() };
+        let is_for = |expected: &&ExpectedFailure| {
+            settings.driver.is_none() && expected.guests.iter().any(|series| guest.is_of(series))
+        };
+        self.scenario.expect_failure.iter().filter(is_for).collect()
     }
 
     /// Folder of this run's files.

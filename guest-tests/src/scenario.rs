@@ -68,6 +68,9 @@ pub struct Sweep {
     /// Faults, each of which is tried at every command, in the words of the simulated host.
     #[serde(rename = "do")]
     pub faults: Vec<String>,
+    /// More of them, under `--full` only.
+    #[serde(default)]
+    pub full: Vec<String>,
     /// Which commands count.
     #[serde(default = "any_command")]
     pub command: String,
@@ -92,8 +95,21 @@ pub struct ExpectedFailure {
     pub guests: Vec<String>,
     /// What is wrong with the driver, and since when it is not.
     pub reason: String,
-    /// A text in what the run finds wrong.
+    /// A text in what the run finds wrong, in which `*` stands for any text. Of a sweep each problem is held against
+    /// it by itself, and one that no expected failure shows fails the run.
     pub shows: String,
+}
+
+impl ExpectedFailure {
+    /// Is it what `problem` shows?
+    pub fn explains(&self, problem: &str) -> bool {
+        let mut rest = problem;
+        self.shows.split('*').all(|text| {
+            let found = rest.find(text);
+            rest = found.map_or(rest, |at| &rest[at + text.len()..]);
+            found.is_some()
+        })
+    }
 }
 
 /// When a driver takes its interrupt vectors.
@@ -273,7 +289,10 @@ pub fn load_folder(folder: &Path, full: bool) -> Result<Vec<Scenario>> {
 fn load(file: &Path, full: bool) -> Result<Vec<Scenario>> {
     let name = file.file_stem().unwrap_or_default().to_string_lossy();
     let mut scenarios = Vec::new();
-    for scenario in parse(&name, &fs::read_to_string(file)?)? {
+    for mut scenario in parse(&name, &fs::read_to_string(file)?)? {
+        if let Some(sweep) = scenario.sweep.as_mut().filter(|_| full) {
+            sweep.faults.append(&mut sweep.full);
+        }
         scenarios.extend(in_parts(scenario, full)?);
     }
     scenarios.retain(|scenario| full || !scenario.full);

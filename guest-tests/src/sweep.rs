@@ -12,7 +12,17 @@ use crate::trace::Trace;
 use crate::verdict::Verdict;
 
 /// Guests that one sweep may use up.
-const MOST_GUESTS: usize = 8;
+const MOST_GUESTS: usize = 64;
+/// Faults after which driver and host agree on what there is: it must be as before without loading the driver afresh,
+/// and nothing be left.
+const CLEAN: [&str; 3] = ["status:", "delay:", "duplicate"];
+/// Commands that end objects, and what the host still holds when it has refused to.
+const ENDS: [(&str, &[&str]); 4] = [
+    ("GDMA_DESTROY_DMA_REGION", &["dma_regions"]),
+    ("GDMA_DISABLE_QUEUE", &["event_queues"]),
+    ("MANA_DESTROY_WQ_OBJ", &["completion_queues", "send_queues", "receive_queues"]),
+    ("MANA_CONFIG_VPORT_TX", &["vport_bindings"]),
+];
 
 /// How far a sweep has come.
 #[derive(Debug, Default)]
@@ -62,12 +72,13 @@ pub fn run(job: &Job, sweep: &Sweep, settings: &Settings) -> Outcome {
             }
         }
         if state.done < sweep.faults.len() {
-            // The next guest's files would take the place of this one's.
+            // The next guest's files would take the place of this one's. It has the same initramfs, which is large.
             let folder = job.folder(settings);
+            let _ = fs::remove_file(folder.join("initrd"));
             let _ = fs::rename(&folder, folder.with_extension(format!("guest-{guests}")));
         }
     }
-    let verdict = Verdict::judge(state.code, state.problems, job.expected_failure(settings));
+    let verdict = Verdict::judge_sweep(state.code, state.problems, &job.expected_failures(settings));
     Outcome { sweep: state.points, coverage, repeated, ..Outcome::new(verdict, start) }
 }
 
@@ -84,6 +95,9 @@ fn with_steps(scenario: &Scenario, sweep: &Sweep, state: &State) -> Scenario {
         option("recover", &sweep.recover);
         sweep.prepare.iter().for_each(|command| option("prepare", command));
         scenario.expect.log_allows.iter().for_each(|text| option("allow", text));
+        if !is_clean(fault) {
+            line += " --reload";
+        }
         Step { run: line, ..Step::default() }
     };
     let steps = sweep.faults.iter().enumerate().skip(state.done).map(step);
@@ -125,12 +139,64 @@ impl State {
     fn point(&mut self, mut point: Value, trace: &Trace) {
         let (n, fault) = (point["n"].as_u64().unwrap_or_default(), point["do"].as_str().unwrap_or_default());
         let command = trace.struck(&format!("sweep {fault} {n}"));
-        if let Some(problem) = point["problem"].as_str() {
-            let name = command.as_deref().unwrap_or("no command");
-            self.problems.push(format!("command {n} ({name}), {fault}: {problem}"));
+        let name = command.as_deref().unwrap_or("no command");
+        let mut problems: Vec<String> = point["problem"].as_str().map(str::to_owned).into_iter().collect();
+        if is_clean(fault) {
+            problems.extend(left(&point, name));
+        }
+        if !problems.is_empty() {
+            let all = problems.join("; ");
+            self.problems.push(format!("command {n} ({name}), {fault}: {all}"));
+            point["problem"] = all.into();
         }
         self.next = n + 1;
         point["command"] = command.into();
         self.points.push(point);
+    }
+}
+
+fn is_clean(fault: &str) -> bool {
+    CLEAN.iter().any(|kind| fault.starts_with(kind))
+}
+
+/// What the driver left or broke at a point at which `command` was struck.
+fn left(point: &Value, command: &str) -> Option<String> {
+    let ended = ENDS.iter().find(|(name, _)| *name == command).map_or(&[][..], |(_, kinds)| kinds);
+    let numbers = |key: &str| {
+        let named = point[key].as_object().cloned().unwrap_or_default();
+        named.into_iter().filter_map(|(name, value)| Some((name, value.as_i64()?))).collect::<Vec<_>>()
+    };
+    let is_refused = |(kind, number): &(String, i64)| *number == 1 && ended.contains(&kind.as_str());
+    let held = numbers("held").into_iter().filter(|one| !is_refused(one));
+    let held: Vec<String> = held.map(|(kind, number)| format!("{number:+} {kind}")).collect();
+    // The host has kept them itself.
+    let broken =
+        numbers("rules").into_iter().filter(|(rule, _)| ended.is_empty() || rule != "release-objects");
+    let broken: Vec<String> = broken.map(|(rule, number)| format!("{rule} ({number} times)")).collect();
+    let mut found = Vec::new();
+    if !held.is_empty() {
+        found.push(format!("the host holds {}", held.join(", ")));
+    }
+    if !broken.is_empty() {
+        found.push(format!("the driver breaks {}", broken.join(", ")));
+    }
+    (!found.is_empty()).then(|| found.join("; "))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_the_host_refused_to_end_is_no_leak() {
+        let point = json!({ "held": { "completion_queues": 1, "send_queues": 1 }, "rules": { "release-objects": 2 } });
+        assert_eq!(left(&point, "MANA_DESTROY_WQ_OBJ"), None);
+        assert_eq!(
+            left(&point, "GDMA_CREATE_QUEUE").unwrap(),
+            "the host holds +1 completion_queues, +1 send_queues; the driver breaks release-objects (2 times)"
+        );
+        let point = json!({ "held": { "dma_regions": 2 }, "rules": {} });
+        assert_eq!(left(&point, "GDMA_DESTROY_DMA_REGION").unwrap(), "the host holds +2 dma_regions");
+        assert_eq!(left(&json!({ "held": {}, "rules": {} }), "MANA_CREATE_WQ_OBJ"), None);
     }
 }

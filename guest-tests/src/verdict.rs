@@ -67,21 +67,42 @@ impl Failure {
 }
 
 impl Verdict {
-    /// Of a run that ended with exit code `code` of `mana-vmm`.
-    pub fn judge(code: i32, problems: Vec<String>, expected: Option<&ExpectedFailure>) -> Self {
-        let Some(expected) = expected else {
-            return match problems.is_empty() {
-                true => Self::Passed,
-                false => Self::Failed { kind: Failure::of(code, &problems), problems },
-            };
-        };
-        let ExpectedFailure { reason, shows, .. } = expected;
-        if problems.iter().any(|problem| problem.contains(shows.as_str())) {
-            return Self::ExpectedFailure { reason: reason.clone(), problems };
+    /// Of a run that ended with exit code `code` of `mana-vmm`. A defect that is expected explains all that it leads to.
+    pub fn judge(code: i32, problems: Vec<String>, expected: &[&ExpectedFailure]) -> Self {
+        Self::judge_by(code, problems, expected, |problems, expected| {
+            let shows = |problem: &String| expected.iter().any(|known| known.explains(problem));
+            problems.iter().any(shows)
+        })
+    }
+
+    /// Of a sweep, whose problems are independent of each other: each must be one that is expected.
+    pub fn judge_sweep(code: i32, problems: Vec<String>, expected: &[&ExpectedFailure]) -> Self {
+        Self::judge_by(code, problems, expected, |problems, expected| {
+            let shows = |problem: &String| expected.iter().any(|known| known.explains(problem));
+            problems.iter().all(shows)
+        })
+    }
+
+    fn judge_by(
+        code: i32,
+        problems: Vec<String>,
+        expected: &[&ExpectedFailure],
+        explain: fn(&[String], &[&ExpectedFailure]) -> bool,
+    ) -> Self {
+        // Where several defects are expected, one that is mended is as much news as one that is new.
+        let unseen = expected.iter().find(|known| !problems.iter().any(|problem| known.explains(problem)));
+        let unseen = unseen.filter(|_| problems.is_empty() || explain(&problems, expected));
+        if let Some(known) = unseen {
+            let problem = format!("it does not show what it should: {}", known.reason);
+            let problems = [problem].into_iter().chain(problems).collect();
+            return Self::Failed { kind: Failure::UnexpectedPass, problems };
         }
         if problems.is_empty() {
-            let problem = format!("it passes, but should fail: {reason}");
-            return Self::Failed { kind: Failure::UnexpectedPass, problems: vec![problem] };
+            return Self::Passed;
+        }
+        if explain(&problems, expected) {
+            let reasons: Vec<&str> = expected.iter().map(|known| known.reason.as_str()).collect();
+            return Self::ExpectedFailure { reason: reasons.join("; "), problems };
         }
         Self::Failed { kind: Failure::of(code, &problems), problems }
     }
@@ -106,14 +127,14 @@ impl Verdict {
 mod tests {
     use super::*;
 
+    fn known(shows: &str) -> ExpectedFailure {
+        ExpectedFailure { guests: Vec::new(), reason: "known".to_owned(), shows: shows.to_owned() }
+    }
+
     fn judge(code: i32, problems: &[&str], shows: Option<&str>) -> &'static str {
-        let expected = shows.map(|shows| ExpectedFailure {
-            guests: Vec::new(),
-            reason: "known".to_owned(),
-            shows: shows.to_owned(),
-        });
+        let expected = shows.map(known);
         let problems = problems.iter().map(|&problem| problem.to_owned()).collect();
-        Verdict::judge(code, problems, expected.as_ref()).name()
+        Verdict::judge(code, problems, &expected.iter().collect::<Vec<_>>()).name()
     }
 
     #[test]
@@ -131,5 +152,19 @@ mod tests {
         assert_eq!(judge(2, &["RIP: mana_gd_setup"], Some("mana_gd_setup")), "expected failure");
         assert_eq!(judge(0, &[], Some("mana_gd_setup")), "unexpected pass");
         assert_eq!(judge(5, &["no carrier"], Some("mana_gd_setup")), "fail");
+    }
+    #[test]
+    fn each_problem_of_a_sweep_must_be_known() {
+        let expected = [known("command 2 (*), status:*: EBUSY"), known("WARNING*mana_destroy_rxq")];
+        let judge = |problems: &[&str]| {
+            let problems = problems.iter().map(|&problem| problem.to_owned()).collect();
+            Verdict::judge_sweep(0, problems, &expected.iter().collect::<Vec<_>>()).name()
+        };
+        let (busy, warning) =
+            ("command 2 (X), status:0x1: EBUSY", "WARNING at xdp.c in mana_destroy_rxq+0x46");
+        assert_eq!(judge(&[busy, warning]), "expected failure");
+        assert_eq!(judge(&[busy, warning, "command 3 (X), status:0x1: EBUSY"]), "fail");
+        assert_eq!(judge(&[busy]), "unexpected pass");
+        assert_eq!(judge(&[]), "unexpected pass");
     }
 }

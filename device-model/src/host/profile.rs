@@ -183,6 +183,7 @@ const SHIPPED: &[(&str, &str)] = &[
     ("default", include_str!("../../profiles/default.toml")),
     ("azure-old", include_str!("../../profiles/azure-old.toml")),
     ("azure-new", include_str!("../../profiles/azure-new.toml")),
+    ("impatient", include_str!("../../profiles/impatient.toml")),
     ("minimal", include_str!("../../profiles/minimal.toml")),
     ("holes", include_str!("../../profiles/holes.toml")),
     ("mtu-zero", include_str!("../../profiles/mtu-zero.toml")),

@@ -44,6 +44,45 @@ pub fn complaints_now(allowed: &[String]) -> Result<Vec<String>> {
     Ok(complaints(&sys::kernel_log()?, allowed).into_iter().map(str::to_owned).collect())
 }
 
+/// What `fresh` complaints of the log are about, in a line: each kind once, and the driver's function.
+pub fn summary(fresh: &[String]) -> Result<String> {
+    Ok(summarize(&sys::kernel_log()?, fresh))
+}
+
+fn summarize(log: &str, fresh: &[String]) -> String {
+    const MOST: usize = 3;
+    let Some(start) = fresh.first().and_then(|first| log.lines().position(|line| line == first)) else {
+        return fresh.join("; ");
+    };
+    let lines: Vec<&str> = log.lines().skip(start).collect();
+    let says_more = |line: &&&str| ["WARNING", "kernel BUG", "BUG:"].iter().any(|text| line.contains(text));
+    let mut kinds: Vec<&str> = Vec::new();
+    for (index, line) in lines.iter().enumerate() {
+        if !fresh.iter().any(|complaint| complaint == line)
+            || line.contains("Trace:")
+            || line.contains("RIP:")
+        {
+            continue;
+        }
+        // What is wrong stands a line or two below the one that asks to cut.
+        let below = lines[index..].iter().take(4).find(says_more).filter(|_| line.contains("[ cut here ]"));
+        let kind = without_stamp(below.unwrap_or(line));
+        let is_new = !kinds.iter().any(|known| known.split(' ').take(3).eq(kind.split(' ').take(3)));
+        if is_new && kinds.len() < MOST {
+            kinds.push(kind);
+        }
+    }
+    let is_place = |line: &&&str| line.contains("[mana]") && line.contains("+0x");
+    let place = lines.iter().find(is_place).map(|line| without_stamp(line));
+    let place = place.map(|place| format!(" in {}", place.trim_start_matches("RIP: 0010:").trim()));
+    kinds.join("; ") + &place.unwrap_or_default()
+}
+
+/// A line of the log without `<4>[   12.345678] `.
+fn without_stamp(line: &str) -> &str {
+    line.split_once("] ").map_or(line, |(_, rest)| rest).trim()
+}
+
 fn complaints<'a>(log: &'a str, allowed: &[String]) -> Vec<&'a str> {
     let is_complaint = |line: &&str| COMPLAINTS.iter().any(|text| line.contains(text));
     let is_allowed = |line: &&str| allowed.iter().any(|text| line.contains(text.as_str()));
@@ -53,6 +92,20 @@ fn complaints<'a>(log: &'a str, allowed: &[String]) -> Vec<&'a str> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_warning_in_a_line() {
+        let log = "<6>[ 1.0] mana: up\n<4>[ 2.0] ------------[ cut here ]------------\n<4>[ 2.0] Missing register\n\
+                   <4>[ 2.0] WARNING: CPU: 0 PID: 1 at net/core/xdp.c:136 unreg+0x3f/0x60\n\
+                   <4>[ 2.0] Modules linked in: mana\n<4>[ 2.1] RIP: 0010:unreg+0x3f/0x60\n\
+                   <4>[ 2.1] Call Trace:\n<4>[ 2.1]  mana_destroy_rxq+0x46/0x400 [mana]\n\
+                   <1>[ 2.2] BUG: Bad page state in process a\n<1>[ 2.2] BUG: Bad page state in process b\n";
+        assert_eq!(
+            summarize(log, &complaints(log, &[]).into_iter().map(str::to_owned).collect::<Vec<_>>()),
+            "WARNING: CPU: 0 PID: 1 at net/core/xdp.c:136 unreg+0x3f/0x60; BUG: Bad page state in process a \
+             in mana_destroy_rxq+0x46/0x400 [mana]"
+        );
+    }
 
     #[test]
     fn finds_complaints_but_not_the_allowed_ones() {

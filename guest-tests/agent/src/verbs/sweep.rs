@@ -1,9 +1,11 @@
-//! `sweep --do ACTION --action CMD --recover CMD [--prepare CMD] [--command WHAT] [--from N] [--most N]`: the n-th
-//! command fails, for every n until CMD has no n-th.
+//! `sweep --do ACTION --action CMD --recover CMD [--prepare CMD] [--command WHAT] [--from N] [--most N] [--reload]`: the
+//! n-th command fails, for every n until CMD has no n-th.
 //!
-//! After each n the host is healed and the driver must recover: the recovery's commands work, the kernel's log has no
-//! new complaint, and the host holds as many objects as after a run without a fault. What happens goes to standard
-//! output as lines of JSON, one before each n, since the guest may not live to tell, and one after it.
+//! After each n the host is healed and the driver must recover: the recovery's commands work, with `--reload` after the
+//! driver was loaded afresh if need be, and the kernel's log has no new complaint. What the host holds more or less than
+//! after a run without a fault, and which of its rules were broken, is told too. What happens goes to standard output as
+//! lines of JSON, one before each n, since the guest may not live to tell, and one after it. A kernel that has
+//! complained is not trusted with another n.
 
 use std::collections::BTreeMap;
 use std::process::{Child, Command, Stdio};
@@ -34,8 +36,12 @@ struct Sweep {
     action: String,
     recover: String,
     allowed: Vec<String>,
+    /// Loading the driver afresh is a recovery, too.
+    may_reload: bool,
     /// Objects that the host holds after a run without a fault.
     ledger: BTreeMap<String, u64>,
+    /// How often each rule was broken so far.
+    rules: BTreeMap<String, u64>,
     /// Complaints in the log that are told already.
     complaints: usize,
 }
@@ -49,7 +55,9 @@ pub fn run(arguments: &mut Arguments) -> Result<Value> {
         action: arguments.value_from_str("--action")?,
         recover: arguments.value_from_str("--recover")?,
         allowed: arguments.values_from_str("--allow")?,
+        may_reload: arguments.contains("--reload"),
         ledger: BTreeMap::new(),
+        rules: BTreeMap::new(),
         complaints: 0,
     };
     let first: u32 = arguments.opt_value_from_str("--from")?.unwrap_or(1);
@@ -68,6 +76,9 @@ pub fn run(arguments: &mut Arguments) -> Result<Value> {
         if is_past_end {
             return Ok(json!({ "sweep": "end", "do": sweep.fault, "commands": n - 1 }));
         }
+        if point["complained"] == true {
+            bail!("the kernel has complained");
+        }
     }
     Ok(json!({ "sweep": "end", "do": sweep.fault, "commands": most, "cut": true }))
 }
@@ -80,6 +91,7 @@ impl Sweep {
         shell(&self.action).context("action")?;
         shell(&self.recover).context("recovery")?;
         self.ledger = ledger()?;
+        self.rules = rules()?;
         self.complaints = log_check::complaints_now(&self.allowed)?.len();
         Ok(())
     }
@@ -92,28 +104,31 @@ impl Sweep {
         println!("{}", json!({ "sweep": "begin", "n": n, "do": self.fault }));
         self.prepare()?;
         host(&["mark", &format!("sweep {} {n}", self.fault)])?;
-        host(&[
-            "fault",
-            "add",
-            &format!("command={}", self.command),
-            &format!("nth={n}"),
-            &format!("do={}", self.fault),
-        ])?;
+        let (command, nth) = (format!("command={}", self.command), format!("nth={n}"));
+        host(&["fault", "add", &command, &nth, &format!("do={}", self.fault)])?;
         let start = Instant::now();
         let action = shell(&self.action);
         let hits = host(&["fault", "clear"])?["hits"].as_u64().unwrap_or_default();
         let mut problems = Vec::new();
-        let mut lost = false;
-        if let Err(error) = shell(&self.recover) {
+        let recovery = shell(&self.recover);
+        let (mut reloaded, mut lost) = (false, false);
+        let (mut held, mut rules) = (BTreeMap::new(), BTreeMap::new());
+        if recovery.is_ok() {
+            held = self.held()?;
+            rules = self.broken()?;
+        }
+        if recovery.is_err() || !held.is_empty() {
+            // What is left is told once.
+            reloaded = self.reload();
+            lost = !reloaded;
+        }
+        if let Some(error) = recovery.err().filter(|_| lost || !self.may_reload) {
             problems.push(format!("does not recover: {error:#}"));
-            lost = !self.reload();
-        } else {
-            problems.extend(self.leak());
         }
         let complaints = log_check::complaints_now(&self.allowed)?;
         let fresh = complaints.get(self.complaints..).unwrap_or_default();
         if !fresh.is_empty() {
-            problems.push(format!("the kernel's log says: {}", fresh.join("; ")));
+            problems.push(format!("the kernel's log says: {}", log_check::summary(fresh)?));
         }
         self.complaints = complaints.len();
         if hits == 0
@@ -127,28 +142,35 @@ impl Sweep {
             "hits": hits,
             "action": action.map_or_else(|error| format!("{error:#}"), |()| "works".to_owned()),
             "problem": if problems.is_empty() { None } else { Some(problems.join("; ")) },
+            "held": held,
+            "rules": rules,
+            "reloaded": reloaded,
             "lost": lost,
+            "complained": !fresh.is_empty(),
             "ms": start.elapsed().as_millis() as u64,
         }))
     }
 
-    /// What the host holds more or less than after a run without a fault; afterwards the driver is loaded afresh, so
-    /// that it is told once.
-    fn leak(&mut self) -> Option<String> {
-        let now = ledger().ok()?;
-        let differ: Vec<String> = now
-            .iter()
-            .filter(|(kind, number)| self.ledger.get(*kind) != Some(number))
-            .map(|(kind, number)| {
-                let before = self.ledger.get(kind).copied().unwrap_or_default();
-                format!("{number} {kind} in place of {before}")
-            })
-            .collect();
-        if differ.is_empty() {
-            return None;
-        }
-        self.reload();
-        Some(format!("the host holds {}", differ.join(", ")))
+    /// What the host holds more or less than after a run without a fault.
+    fn held(&self) -> Result<BTreeMap<String, i64>> {
+        let now = ledger()?;
+        let difference = |(kind, number): (&String, &u64)| {
+            let before = self.ledger.get(kind).copied().unwrap_or_default();
+            (*number != before).then(|| (kind.clone(), *number as i64 - before as i64))
+        };
+        Ok(now.iter().filter_map(difference).collect())
+    }
+
+    /// Rules that were broken since we asked last.
+    fn broken(&mut self) -> Result<BTreeMap<String, u64>> {
+        let now = rules()?;
+        let fresh = |(rule, number): (&String, &u64)| {
+            let before = self.rules.get(rule).copied().unwrap_or_default();
+            (*number > before).then(|| (rule.clone(), number - before))
+        };
+        let broken = now.iter().filter_map(fresh).collect();
+        self.rules = now;
+        Ok(broken)
     }
 
     /// Loads the driver afresh. Does it work?
@@ -156,6 +178,7 @@ impl Sweep {
         let works = shell(RELOAD).is_ok() && shell(&self.recover).is_ok();
         if works && let Ok(ledger) = ledger() {
             self.ledger = ledger;
+            self.rules = rules().unwrap_or_default();
         }
         works
     }
@@ -172,11 +195,19 @@ fn host(words: &[&str]) -> Result<Value> {
 
 /// Live objects by kind.
 fn ledger() -> Result<BTreeMap<String, u64>> {
-    let answer = host(&["ledger"])?;
-    let live = answer["ledger"].as_object().or(answer.as_object()).cloned().unwrap_or_default();
-    let number =
-        |(kind, value): (String, Value)| value.as_u64().filter(|_| kind != "id").map(|value| (kind, value));
-    Ok(live.into_iter().filter_map(number).collect())
+    numbers("ledger")
+}
+
+/// Breaches by rule.
+fn rules() -> Result<BTreeMap<String, u64>> {
+    numbers("rules")
+}
+
+/// The numbers in the host's answer to `word`, by name.
+fn numbers(word: &str) -> Result<BTreeMap<String, u64>> {
+    let answer = host(&[word])?;
+    let named = answer[word].as_object().with_context(|| format!("host {word}: {answer}"))?;
+    Ok(named.iter().filter_map(|(name, value)| Some((name.clone(), value.as_u64()?))).collect())
 }
 
 /// Runs a shell command, which must end in time and with status 0.
