@@ -331,7 +331,9 @@ fn one_case(name: &str, table: &Table, case: &Table) -> Result<Scenario> {
     substitute(&mut value, case)?;
     let mut scenario: Scenario = value.try_into()?;
     scenario.name = name.to_owned();
-    scenario.full |= case.get("full").is_some_and(|full| full.as_bool() == Some(true));
+    let says = |name| case.get(name).is_some_and(|value| value.as_bool() == Some(true));
+    scenario.full |= says("full");
+    scenario.breadth |= says("breadth");
     if !case.is_empty() {
         scenario.name = format!("{name} ({})", case_name(case));
     }
@@ -346,7 +348,7 @@ fn case_name(case: &Table) -> String {
         return plain(name);
     }
     // What is a property of the run, or follows from the rest, tells no case from another.
-    let telling = |name: &str| !["full", "memory"].contains(&name);
+    let telling = |name: &str| !["full", "breadth", "memory"].contains(&name);
     let short = case.iter().filter(|(name, value)| telling(name) && !value.is_array());
     let values: Vec<String> = short.map(|(name, value)| format!("{name} {}", plain(value))).collect();
     values.join(", ")

@@ -75,7 +75,9 @@ pub fn run(job: &Job, sweep: &Sweep, settings: &Settings) -> Outcome {
             // The next guest's files would take the place of this one's. It has the same initramfs, which is large.
             let folder = job.folder(settings);
             let _ = fs::remove_file(folder.join("initrd"));
-            let _ = fs::rename(&folder, folder.with_extension(format!("guest-{guests}")));
+            let mut kept = folder.clone().into_os_string();
+            kept.push(format!(".guest-{guests}"));
+            let _ = fs::rename(&folder, kept);
         }
     }
     let verdict = Verdict::judge_sweep(state.code, state.problems, &job.expected_failures(settings));
