@@ -159,7 +159,7 @@ pub struct BootArgs {
     #[arg(long, value_name = "KIND,id=ID")]
     netdev: Vec<String>,
     #[allow(rustdoc::broken_intra_doc_links, reason = "the brackets of the help are no links")]
-    /// Network device: mana[,netdev=ID]...[,mac=][,mtu=][,max-msix=][,msix-table=][,max-queues=][,node=]
+    /// Network device: mana[,netdev=ID]...[,mac=][,mtu=][,max-msix=][,msix-table=][,max-queues=][,max-eq=][,node=]
     /// [,slot=root|port][,workers=][,rdma=on|off][,strict=on|off][,profile=NAME|FILE]
     /// [,hostile=SEED[,rate=N][,at=completions|events|messages|registers]...]; one vPort for each netdev, a peer if there is none.
     /// Or virtio-net[,netdev=ID][,mac=][,mtu=][,workers=].

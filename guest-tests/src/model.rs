@@ -143,6 +143,8 @@ pub struct Limits {
     pub table: usize,
     /// Queues that a vPort has of each kind.
     pub max_queues: usize,
+    /// `max_eq` of GDMA_QUERY_MAX_RESOURCES.
+    pub max_eq: usize,
     /// vPorts.
     pub ports: usize,
     /// NUMA node.
@@ -162,6 +164,7 @@ impl Limits {
             max_msix: value("max-msix")?.unwrap_or(64),
             table: value("msix-table")?.unwrap_or(64),
             max_queues: value("max-queues")?.unwrap_or(64),
+            max_eq: value("max-eq")?.unwrap_or(128),
             ports: device.split(',').filter(|word| word.starts_with("netdev=")).count().max(1),
             node: value("node")?,
         })
@@ -324,7 +327,7 @@ mod tests {
         [Generation::StaticCpus, Generation::StaticCores, Generation::Growing, Generation::GrowingUnshared];
 
     fn limits(max_msix: usize, table: usize, node: Option<usize>) -> Limits {
-        Limits { max_msix, table, max_queues: 64, ports: 1, node }
+        Limits { max_msix, table, max_queues: 64, max_eq: 128, ports: 1, node }
     }
 
     /// Sets as words: `01 23` for {0,1} {2,3}.

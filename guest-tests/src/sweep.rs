@@ -24,6 +24,15 @@ const ENDS: [(&str, &[&str]); 4] = [
     ("MANA_CONFIG_VPORT_TX", &["vport_bindings"]),
 ];
 
+/// A point with a problem.
+#[derive(Clone, Debug, PartialEq, Eq)]
+struct Failed {
+    n: u64,
+    command: String,
+    fault: String,
+    problem: String,
+}
+
 /// How far a sweep has come.
 #[derive(Debug, Default)]
 struct State {
@@ -32,7 +41,9 @@ struct State {
     done: usize,
     /// The next command to strike.
     next: u64,
-    /// Points' problems, and those of the guests.
+    /// Points with problems.
+    failed: Vec<Failed>,
+    /// Problems of the guests.
     problems: Vec<String>,
     /// The worst exit code.
     code: i32,
@@ -80,6 +91,7 @@ pub fn run(job: &Job, sweep: &Sweep, settings: &Settings) -> Outcome {
             let _ = fs::rename(&folder, kept);
         }
     }
+    state.problems.extend(grouped(&state.failed));
     let verdict = Verdict::judge_sweep(state.code, state.problems, &job.expected_failures(settings));
     Outcome { sweep: state.points, coverage, repeated, ..Outcome::new(verdict, start) }
 }
@@ -148,13 +160,42 @@ impl State {
         }
         if !problems.is_empty() {
             let all = problems.join("; ");
-            self.problems.push(format!("command {n} ({name}), {fault}: {all}"));
+            self.failed.push(Failed {
+                n,
+                command: name.to_owned(),
+                fault: fault.to_owned(),
+                problem: all.clone(),
+            });
             point["problem"] = all.into();
         }
         self.next = n + 1;
         point["command"] = command.into();
         self.points.push(point);
     }
+}
+
+/// One line for all points in a row that show the same.
+fn grouped(failed: &[Failed]) -> Vec<String> {
+    let same = |a: &Failed, b: &Failed| (&a.fault, &a.problem) == (&b.fault, &b.problem) && a.n < b.n;
+    let line = |group: &[Failed]| {
+        let [first, .., last] = group else {
+            return group.first().map_or(String::new(), |one| {
+                format!("command {} ({}), {}: {}", one.n, one.command, one.fault, one.problem)
+            });
+        };
+        let mut names: Vec<&str> = Vec::new();
+        group.iter().for_each(|one| {
+            if !names.contains(&one.command.as_str()) {
+                names.push(&one.command);
+            }
+        });
+        let (number, names) = (group.len(), names.join(", "));
+        format!(
+            "{number} commands from {} to {} ({names}), {}: {}",
+            first.n, last.n, first.fault, first.problem
+        )
+    };
+    failed.chunk_by(same).map(line).collect()
 }
 
 fn is_clean(fault: &str) -> bool {
@@ -188,6 +229,22 @@ fn left(point: &Value, command: &str) -> Option<String> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn points_that_show_the_same_share_a_line() {
+        let point = |n, command: &str, problem: &str| Failed {
+            n,
+            command: command.to_owned(),
+            fault: "drop".to_owned(),
+            problem: problem.to_owned(),
+        };
+        let failed =
+            [point(2, "A", "busy"), point(3, "B", "busy"), point(7, "A", "busy"), point(8, "A", "gone")];
+        assert_eq!(
+            grouped(&failed),
+            ["3 commands from 2 to 7 (A, B), drop: busy", "command 8 (A), drop: gone"]
+        );
+    }
 
     #[test]
     fn what_the_host_refused_to_end_is_no_leak() {

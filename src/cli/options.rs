@@ -284,6 +284,7 @@ fn mana(
     let max_msix = options.take_number("max-msix", table_sizes.clone())?;
     let msix_table_size = options.take_number("msix-table", table_sizes)?;
     let max_queues = options.take_number("max-queues", 1..=u64::from(MAX_QUEUES_PER_VPORT))?;
+    let max_eq = options.take_number::<u32>("max-eq", 0..=u32::MAX.into())?;
     let mtu = options.take_number("mtu", MTU)?;
     let mac = take_mac(&mut options)?;
     let rdma = options.take_switch("rdma")?;
@@ -314,13 +315,16 @@ fn mana(
         mac: mac_bytes(std::mem::replace(next_mac, *next_mac + 1)),
         max_queues: max_queues.unwrap_or(MAX_QUEUES_PER_VPORT),
     });
+    let mut profile = profile.unwrap_or_default();
+    let no_such_limit = max_eq.is_some_and(|max_eq| !profile.limit("max-eq", max_eq));
+    debug_assert!(!no_such_limit, "the host has a limit of that name");
     let device = DeviceConfig {
         vports: vports.collect(),
         max_msix: max_msix.unwrap_or(defaults.max_msix),
         msix_table_size: msix_table_size.unwrap_or(defaults.msix_table_size),
         mtu: mtu.unwrap_or(defaults.mtu),
         rdma: rdma.unwrap_or(defaults.rdma),
-        profile: profile.unwrap_or_default(),
+        profile,
         hostile,
         ..defaults
     };

@@ -20,7 +20,7 @@ pub struct ServeArgs {
     #[arg(long, value_name = "KIND,id=ID")]
     netdev: Vec<String>,
     #[allow(rustdoc::broken_intra_doc_links, reason = "the brackets of the help are no links")]
-    /// Network device: mana[,netdev=ID]...[,mac=][,mtu=][,max-msix=][,msix-table=][,max-queues=][,rdma=on|off]
+    /// Network device: mana[,netdev=ID]...[,mac=][,mtu=][,max-msix=][,msix-table=][,max-queues=][,max-eq=][,rdma=on|off]
     /// [,strict=on|off]; one vPort for each netdev, a peer if there is none.
     #[arg(long, value_name = "mana[,KEY=VALUE]...", default_value = "mana")]
     device: Vec<String>,

@@ -272,7 +272,7 @@ impl Profile {
     }
     /// Change the limit `name`, as `limits` writes it; `false` if there is none.
     #[must_use]
-    pub(crate) fn limit(&mut self, name: &str, value: u32) -> bool {
+    pub fn limit(&mut self, name: &str, value: u32) -> bool {
         let Self { limits, adapter, port, .. } = self;
         let to = match name {
             "max-sq" => &mut limits.max_sq,

@@ -20,6 +20,8 @@ pub struct Axes {
     pub table: Vec<toml::Value>,
     /// Values of `max-queues`.
     pub max_queues: Vec<toml::Value>,
+    /// Values of `max-eq`.
+    pub max_eq: Vec<toml::Value>,
     /// Numbers of vPorts.
     pub ports: Vec<toml::Value>,
     /// Functions in one guest.
@@ -30,13 +32,14 @@ pub struct Axes {
 
 /// Limits of one function, which are one value of each axis.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
-struct Combination([usize; 4]);
+struct Combination([usize; 5]);
 
 impl Combination {
     const MAX_MSIX: usize = 0;
     const TABLE: usize = 1;
     const MAX_QUEUES: usize = 2;
-    const PORTS: usize = 3;
+    const MAX_EQ: usize = 3;
+    const PORTS: usize = 4;
 
     /// Its pairs of values, each with the axes that they are of.
     fn pairs(self) -> impl Iterator<Item = (usize, usize, usize, usize)> {
@@ -71,15 +74,24 @@ impl Axes {
         let axis = |values: &[toml::Value]| {
             values.iter().map(|value| number(value, cpus)).collect::<Result<BTreeSet<_>>>()
         };
-        let ports = axis(&self.ports)?;
-        let (tables, queues) = (axis(&self.table)?, axis(&self.max_queues)?);
-        let mut all = Vec::new();
-        for max_msix in axis(&self.max_msix)? {
-            for &table in &tables {
-                for &max_queues in &queues {
-                    all.extend(ports.iter().map(|&ports| Combination([max_msix, table, max_queues, ports])));
-                }
-            }
+        // In the order of the constants of `Combination`.
+        let axes = [
+            axis(&self.max_msix)?,
+            axis(&self.table)?,
+            axis(&self.max_queues)?,
+            axis(&self.max_eq)?,
+            axis(&self.ports)?,
+        ];
+        let mut all = vec![Combination([0; 5])];
+        for (place, values) in axes.iter().enumerate() {
+            let with = |combination: Combination| {
+                values.iter().map(move |&value| {
+                    let Combination(mut chosen) = combination;
+                    chosen[place] = value;
+                    Combination(chosen)
+                })
+            };
+            all = all.into_iter().flat_map(with).collect();
         }
         Ok(all)
     }
@@ -104,6 +116,11 @@ fn spread(combinations: &[Combination]) -> Vec<Combination> {
             |combination: &Combination| combination.pairs().filter(|pair| !seen.contains(pair)).count();
         // Of equals, one from the middle: neighbours differ in one value only.
         let best = rest.iter().map(gain).max().unwrap_or_default();
+        if best == 0 {
+            // The order of what is left makes no difference.
+            ordered.append(&mut rest);
+            break;
+        }
         let equals: Vec<usize> = (0..rest.len()).filter(|&index| gain(&rest[index]) == best).collect();
         let chosen = rest.remove(equals[equals.len() / 2]);
         seen.extend(chosen.pairs());
@@ -122,10 +139,11 @@ fn plan(chunk: &[Combination], topology: Topology) -> Plan {
     let mut plan = Plan { devices: Vec::new(), netdevs: Vec::new() };
     for (index, (node, Combination(values))) in placed.into_iter().enumerate() {
         let mut device = format!(
-            "mana,max-msix={},msix-table={},max-queues={}",
+            "mana,max-msix={},msix-table={},max-queues={},max-eq={}",
             values[Combination::MAX_MSIX],
             values[Combination::TABLE],
-            values[Combination::MAX_QUEUES]
+            values[Combination::MAX_QUEUES],
+            values[Combination::MAX_EQ]
         );
         for port in 0..values[Combination::PORTS] {
             let id = format!("f{index}p{port}");
@@ -146,7 +164,7 @@ mod tests {
 
     fn axes(functions: usize, guests: usize) -> Axes {
         toml::from_str(&format!(
-            "max_msix = [1, 2, 'cpus', 'cpus+1', 64]\ntable = [2, 8, 64]\nmax_queues = [1, 64]\nports = [1, 2]\n\
+            "max_msix = [1, 2, 'cpus', 'cpus+1', 64]\ntable = [2, 8, 64]\nmax_queues = [1, 64]\nmax_eq = [64]\nports = [1, 2]\n\
              functions = {functions}\nguests = {guests}"
         ))
         .unwrap()

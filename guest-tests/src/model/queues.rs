@@ -27,7 +27,7 @@ pub fn share(generation: Generation, topology: Topology, limits: Limits) -> Shar
         return Share::default();
     }
     let of_all_ports = limits.max_queues * limits.ports;
-    let most = topology.cpus.min(MOST).min(of_all_ports).min(usable - 1);
+    let most = topology.cpus.min(MOST).min(of_all_ports).min(limits.max_eq).min(usable - 1);
     if generation != Generation::GrowingUnshared {
         return Share { vectors, queues: most.min(limits.max_queues), event_queues: (1..=most).collect() };
     }
@@ -48,7 +48,7 @@ mod tests {
     use super::*;
 
     fn newest(cpus: &str, ports: usize, max_msix: usize, max_queues: usize) -> (usize, usize, Vec<usize>) {
-        let limits = Limits { max_msix, table: 64, max_queues, ports, node: None };
+        let limits = Limits { max_msix, table: 64, max_queues, max_eq: 128, ports, node: None };
         let share = share(Generation::GrowingUnshared, Topology::parse(cpus).unwrap(), limits);
         (share.vectors, share.queues, share.event_queues)
     }
@@ -67,10 +67,21 @@ mod tests {
 
     #[test]
     fn older_drivers_share_event_queues_among_ports() {
-        let limits = Limits { max_msix: 5, table: 64, max_queues: 2, ports: 2, node: None };
+        let limits = Limits { max_msix: 5, table: 64, max_queues: 2, max_eq: 128, ports: 2, node: None };
         for generation in [Generation::StaticCpus, Generation::StaticCores, Generation::Growing] {
             let share = share(generation, Topology::parse("8").unwrap(), limits);
             assert_eq!((share.queues, share.event_queues), (2, vec![1, 2, 3, 4]));
+        }
+    }
+
+    /// Vectors that no event queue can use are taken all the same.
+    #[test]
+    fn fewer_event_queues_than_vectors() {
+        let limits = Limits { max_msix: 256, table: 64, max_queues: 64, max_eq: 4, ports: 1, node: None };
+        let sixteen = Topology::parse("16").unwrap();
+        for generation in [Generation::StaticCores, Generation::Growing, Generation::GrowingUnshared] {
+            let share = share(generation, sixteen, limits);
+            assert_eq!((share.vectors, share.queues, share.event_queues), (17, 4, vec![1, 2, 3, 4]));
         }
     }
 }
