@@ -17,11 +17,12 @@ const MOST_GUESTS: usize = 64;
 /// and nothing be left.
 const CLEAN: [&str; 3] = ["status:", "delay:", "duplicate"];
 /// Commands that end objects, and what the host still holds when it has refused to.
-const ENDS: [(&str, &[&str]); 4] = [
+const ENDS: [(&str, &[&str]); 5] = [
     ("GDMA_DESTROY_DMA_REGION", &["dma_regions"]),
     ("GDMA_DISABLE_QUEUE", &["event_queues"]),
     ("MANA_DESTROY_WQ_OBJ", &["completion_queues", "send_queues", "receive_queues"]),
     ("MANA_CONFIG_VPORT_TX", &["vport_bindings"]),
+    ("GDMA_DEREGISTER_DEVICE", &["devices"]),
 ];
 
 /// A point with a problem.

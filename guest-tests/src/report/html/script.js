@@ -29,8 +29,19 @@ function head() {
   const legend = document.getElementById("legend");
   for (const verdict of Object.keys(COLOURS)) {
     if (!counts.has(verdict)) continue;
-    legend.append(element("span", {},
-      element("i", { style: `background:${colour(verdict)}` }), `${verdict}: ${counts.get(verdict)}`));
+    legend.append(element("button", {
+      "aria-pressed": "false", title: `only scenarios with "${verdict}"`, onclick: (event) => filter(verdict, event.currentTarget),
+    }, element("i", { style: `background:${colour(verdict)}` }), `${verdict}: ${counts.get(verdict)}`));
+  }
+}
+
+/// Rows of the overview that have the verdict, or all when it is chosen once more.
+function filter(verdict, button) {
+  const chosen = button.getAttribute("aria-pressed") !== "true";
+  for (const other of document.querySelectorAll("#legend button")) other.setAttribute("aria-pressed", "false");
+  button.setAttribute("aria-pressed", String(chosen));
+  for (const row of document.querySelectorAll("#overview tbody tr")) {
+    row.hidden = chosen && !row.dataset.verdicts.split("|").includes(verdict);
   }
 }
 
@@ -45,9 +56,13 @@ function overview() {
     return newest(a) - newest(b) || compare(a, b);
   });
   const rows = new Map();
+  // The guests of a matrix share a row, and with many kernels there is little room for each.
+  const row = (run) => run.scenario.replace(/ \d+\/\d+$/, "");
+  const wide = columns.length > 5;
+  document.body.classList.toggle("wide", wide);
   for (const run of runs) {
-    if (!rows.has(run.scenario)) rows.set(run.scenario, new Map());
-    const cells = rows.get(run.scenario);
+    if (!rows.has(row(run))) rows.set(row(run), new Map());
+    const cells = rows.get(row(run));
     if (!cells.has(column(run))) cells.set(column(run), []);
     cells.get(column(run)).push(run);
   }
@@ -59,12 +74,14 @@ function overview() {
   };
   const body = [...rows].map(([scenario, cells]) => {
     const story = cells.values().next().value[0].story.replace(/\s+/g, " ");
-    return element("tr", {},
+    const verdicts = new Set([...cells.values()].flat().map((run) => run.verdict));
+    return element("tr", { "data-verdicts": [...verdicts].join("|") },
       element("th", { scope: "row" }, scenario, element("small", { title: story }, story)),
       ...columns.map((name) => {
         const here = cells.get(name);
         if (!here) return element("td", { class: "none" }, "–");
-        return element("td", {}, ...here.map(cell));
+        const many = here.length > 3;
+        return element("td", many ? { class: "many" } : {}, ...here.map((run) => cell(run, many, wide)));
       }));
   });
   document.getElementById("overview").append(
@@ -76,13 +93,19 @@ function overview() {
 
 const cellOf = new Map();
 
-function cell(run) {
-  const extra = run.combinations.length ? ` ${run.combinations.length} combinations` : "";
+/// A button for the run: one of `many`, a square; in a `wide` table, only what is needed.
+function cell(run, many, wide) {
+  const extra = run.combinations.length && !wide ? ` ${run.combinations.length} combinations` : "";
+  const verdict = wide && run.verdict === "expected failure" ? "expected" : run.verdict;
   const made = element("button", {
-    class: "cell", style: `background:${colour(run.verdict)}`, title: run.name, "aria-pressed": "false",
+    class: "cell", style: `background:${colour(run.verdict)}`, "aria-pressed": "false",
+    title: `${run.name}: ${run.verdict}, ${seconds(run.seconds)}`, "aria-label": `${run.name}: ${run.verdict}`,
     onclick: () => choose(run, true),
-  }, run.repetition > 1 ? `${run.verdict} #${run.repetition}` : run.verdict + extra,
-  element("small", {}, run.verdict === "skipped" ? "" : seconds(run.seconds)));
+  });
+  if (!many) {
+    made.append(run.repetition > 1 ? `${verdict} #${run.repetition}` : verdict + extra,
+      element("small", {}, run.verdict === "skipped" ? "" : seconds(run.seconds)));
+  }
   cellOf.set(run, made);
   return made;
 }
