@@ -73,7 +73,8 @@ fn summarize(log: &str, fresh: &[String]) -> String {
         }
     }
     let is_place = |line: &&&str| line.contains("[mana]") && line.contains("+0x");
-    let place = lines.iter().find(is_place).map(|line| without_stamp(line));
+    let is_said = kinds.iter().any(|kind| kind.contains("[mana]"));
+    let place = lines.iter().find(is_place).filter(|_| !is_said).map(|line| without_stamp(line));
     let place = place.map(|place| format!(" in {}", place.trim_start_matches("RIP: 0010:").trim()));
     kinds.join("; ") + &place.unwrap_or_default()
 }

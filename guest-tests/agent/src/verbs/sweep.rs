@@ -8,6 +8,7 @@
 //! complained is not trusted with another n.
 
 use std::collections::BTreeMap;
+use std::fs;
 use std::process::{Child, Command, Stdio};
 use std::thread;
 use std::time::{Duration, Instant};
@@ -46,8 +47,21 @@ struct Sweep {
     complaints: usize,
 }
 
-/// Goes through all n; ends early, with an error, where nothing brings the driver back.
+/// There while a sweep is under way, and where one has ended early: this guest is not for another then.
+const UNDER_WAY: &str = "/run/sweep";
+
+/// Goes through all n; ends early, with an error, where the guest is no more to be trusted.
 pub fn run(arguments: &mut Arguments) -> Result<Value> {
+    if fs::exists(UNDER_WAY)? {
+        bail!("a sweep before this one did not come to its end");
+    }
+    fs::write(UNDER_WAY, "")?;
+    let report = sweep(arguments)?;
+    fs::remove_file(UNDER_WAY)?;
+    Ok(report)
+}
+
+fn sweep(arguments: &mut Arguments) -> Result<Value> {
     let mut sweep = Sweep {
         fault: arguments.value_from_str("--do")?,
         command: arguments.opt_value_from_str("--command")?.unwrap_or_else(|| "any".to_owned()),
@@ -221,7 +235,7 @@ fn shell(command: &str) -> Result<()> {
     if status == Some(0) {
         return Ok(());
     }
-    let output = std::fs::read("/tmp/sweep").unwrap_or_default();
+    let output = fs::read("/tmp/sweep").unwrap_or_default();
     let said: String =
         String::from_utf8_lossy(&output).trim().replace('\n', " / ").chars().take(LONGEST).collect();
     match status {
