@@ -6,7 +6,7 @@
 //! its share yet carry it.
 
 use std::hash::{BuildHasher, RandomState};
-use std::io::{Read, Write};
+use std::io::{ErrorKind, Read, Write};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpStream, UdpSocket};
 use std::thread;
 use std::time::{Duration, Instant};
@@ -26,6 +26,8 @@ const DATAGRAM_SILENCE: Duration = Duration::from_secs(5);
 const TRIAL: (usize, usize) = (6, 64);
 /// Fewest packets on a queue that are taken for the trial's and not for background noise.
 const TRIAL_PACKETS: u64 = 5;
+/// Ports that are tried for a connection.
+const TRIES: u32 = 8;
 /// Ports of ours that connections come from.
 const FIRST_PORT: u16 = 20_000;
 const PORTS: u16 = 40_000;
@@ -78,19 +80,26 @@ impl Target {
     /// A connection from a port of its own choice. Those that the kernel takes in turn differ in a few low bits, and
     /// Toeplitz is linear: with an unlucky key all of them would hash to the same queues.
     fn connect(&self, seed: u64) -> Result<TcpStream> {
-        let socket = self.socket(Type::STREAM)?;
-        socket.set_reuse_address(true)?;
         let any: IpAddr = match self.host {
             SocketAddr::V4(_) => Ipv4Addr::UNSPECIFIED.into(),
             SocketAddr::V6(_) => Ipv6Addr::UNSPECIFIED.into(),
         };
-        // A keyed hash: what is linear too would be of no help.
-        let port = FIRST_PORT + (RandomState::new().hash_one(seed) % u64::from(PORTS)) as u16;
-        let bound = socket.bind(&SocketAddr::from((any, port)).into());
-        bound.with_context(|| format!("port {port}"))?;
-        socket
-            .connect_timeout(&self.host.into(), SILENCE)
-            .with_context(|| format!("connect to {}", self.host))?;
+        let mut tries = 0;
+        let socket = loop {
+            let socket = self.socket(Type::STREAM)?;
+            socket.set_reuse_address(true)?;
+            // A keyed hash: what is linear too would be of no help.
+            let port = FIRST_PORT + (RandomState::new().hash_one(seed) % u64::from(PORTS)) as u16;
+            let bound = socket.bind(&SocketAddr::from((any, port)).into());
+            bound.with_context(|| format!("port {port}"))?;
+            tries += 1;
+            match socket.connect_timeout(&self.host.into(), SILENCE) {
+                Ok(()) => break socket,
+                // The port's last connection to this host has not been forgotten yet.
+                Err(error) if error.kind() == ErrorKind::AddrNotAvailable && tries < TRIES => {}
+                Err(error) => return Err(error).with_context(|| format!("connect to {}", self.host)),
+            }
+        };
         socket.set_tcp_nodelay(true)?;
         let stream = TcpStream::from(socket);
         stream.set_read_timeout(Some(SILENCE))?;
