@@ -1,8 +1,10 @@
 //! The fuzz targets' bodies on a stable toolchain: their corpora, and inputs of any bytes.
 
 use std::path::PathBuf;
+use std::sync::Arc;
 
-use mana_test_driver::exercise::seeds::seeds;
+use mana_device::observe::{Event, Observer};
+use mana_test_driver::exercise::seeds::{dictionary, seeds};
 use mana_test_driver::exercise::{Machine, Play, TARGETS, case};
 
 /// Inputs of any bytes for each target.
@@ -39,7 +41,22 @@ fn any_bytes_are_survived() {
 
 #[test]
 fn the_corpora_are_survived() {
-    let mut machine = Machine::new();
+    survive_the_corpora(Machine::new());
+}
+
+/// What the guest sends is decoded for whoever observes, and put into words.
+#[test]
+fn the_corpora_are_survived_by_an_observer() {
+    struct Words;
+    impl Observer for Words {
+        fn event(&self, _: u64, event: &Event) {
+            assert!(!format!("{event:?}").is_empty());
+        }
+    }
+    survive_the_corpora(Machine::with(Some(Arc::new(Words))));
+}
+
+fn survive_the_corpora(mut machine: Machine) {
     for (target, play) in TARGETS {
         let corpus = corpus(target);
         assert!(!corpus.is_empty(), "{target} has no corpus");
@@ -64,6 +81,11 @@ fn the_corpora_hold_what_a_driver_does() {
         let there = std::fs::read(&file).unwrap_or_default();
         assert!(there == input, "{}: BLESS=1 renews it", file.display());
     }
+    let (file, words) = (concat!(env!("CARGO_MANIFEST_DIR"), "/fuzz/dictionary"), dictionary());
+    if std::env::var_os("BLESS").is_some() {
+        std::fs::write(file, &words).unwrap();
+    }
+    assert!(std::fs::read_to_string(file).unwrap_or_default() == words, "{file}: BLESS=1 renews it");
 }
 
 /// A card that has lived through other cases shows the same as one that is new.

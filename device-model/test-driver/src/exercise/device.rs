@@ -322,6 +322,11 @@ impl Driver<'_> {
                 if !pages.iter().any(|&page| ram.is_granted(&(page..page + PAGE as u64))) {
                     pages.iter().take(count).for_each(|&page| ram.clear(page));
                 }
+                // In their order, so that a ring is one piece, or not.
+                let mut pages = pages;
+                if pick & 0x80 != 0 {
+                    pages[..count].reverse();
+                }
                 Some(message::create_region(&pages[..count], 1 + index / 3 % count))
             }
             22 => {
@@ -331,13 +336,15 @@ impl Driver<'_> {
             }
             23 => {
                 let region = model.regions.get(index % model.regions.len().max(1));
+                // Small ones are full soon.
+                let size = [4096, 64, 16, 8192][place >> 4 & 3];
                 region.map(|region| {
-                    message::create_eq(device, region.handle, doorbells, 4096, u32::from(page) & 15)
+                    message::create_eq(device, region.handle, doorbells, size, u32::from(page) & 15)
                 })
             }
             24 => {
                 let regions: Vec<u64> = model.regions.iter().rev().map(|region| region.handle).collect();
-                let (size, eq) = (if page & 0x20 == 0 { WQ } else { 4096 }, eq.unwrap_or(1));
+                let (size, eq) = ([WQ, 4096, 512, 8192][place >> 5 & 3], eq.unwrap_or(1));
                 (regions.len() > 1).then(|| {
                     let regions = [regions[index % regions.len()], regions[(index + 1) % regions.len()]];
                     let cq = if page & 0x10 == 0 { CQ } else { 64 * (1 + index as u32 % 64) };

@@ -123,18 +123,28 @@ fn legal(machine: &Machine, input: &mut Unstructured<'_>, code: u32) -> Result<M
     let wq = model.wqs.get(pick % model.wqs.len().max(1)).map_or((true, 0), |wq| (wq.is_send, wq.handle));
     Ok(match code {
         gdma::CREATE_DMA_REGION => {
-            let pages = [address(6 + page), address(7 + page), address(8 + page)];
-            message::create_region(&pages[..1 + pick % 3], 1 + pick / 3 % 3)
+            let mut pages = [address(6 + page), address(7 + page), address(8 + page)];
+            let pages = &mut pages[..1 + pick % 3];
+            // In their order, so that a ring is one piece, or not.
+            if pick & 0x80 != 0 {
+                pages.reverse();
+            }
+            message::create_region(pages, 1 + pick / 3 % 3)
         }
         gdma::DMA_REGION_ADD_PAGES => message::add_pages(region(pick), &[address(page)]),
         gdma::DESTROY_DMA_REGION => message::of_one(code, 0, region(pick), 32),
-        gdma::CREATE_QUEUE => message::create_eq(MANA, region(pick), 1, 4096, page as u32 & 15),
+        gdma::CREATE_QUEUE => {
+            // Small ones are full soon.
+            let size = [4096, 64, 16, 8192][page >> 4 & 3];
+            message::create_eq(MANA, region(pick), 1, size, page as u32 & 15)
+        }
         gdma::DISABLE_QUEUE => message::disable_eq(MANA, eq),
         gdma::DESTROY_PD => message::of_one(code, 0, model.pds.first().copied().unwrap_or(0), 32),
         mana::CONFIG_VPORT_TX => message::config_tx(pick as u32 & 1, 2, 1),
         mana::CREATE_WQ_OBJ => {
             let regions = [region(pick), region(pick + 1)];
-            message::create_wq(page as u32 & 1, page & 2 == 0, regions, [1024, 2048], eq)
+            let sizes = if page & 0x80 == 0 { [1024, 2048] } else { [8192, 6400] };
+            message::create_wq(page as u32 & 1, page & 2 == 0, regions, sizes, eq)
         }
         mana::DESTROY_WQ_OBJ => message::destroy_wq(wq.0, wq.1),
         mana::FENCE_RQ => message::of_one(code, MANA, wq.1, 32),

@@ -6,6 +6,7 @@ use std::sync::Arc;
 
 use mana_device::config::{BarLocation, DeviceConfig, TxPolicy, VportConfig};
 use mana_device::doors::{Clock, Memory, Port, PortCapabilities, RxFrame, Work};
+use mana_device::observe::Observer;
 use mana_device::state::State;
 use mana_device::{Host, ManaDevice, Ran};
 
@@ -117,6 +118,13 @@ impl Machine {
     /// # Panics
     /// The host has no memory.
     pub fn new() -> Self {
+        Self::with(None)
+    }
+    /// As [`new`](Self::new); `observer` is told of every step, so that whatever the guest sends is also described.
+    ///
+    /// # Panics
+    /// The host has no memory.
+    pub fn with(observer: Option<Arc<dyn Observer>>) -> Self {
         let vport = |last| VportConfig { mac: [2, 0, 0, 0, 0, last], max_queues: MAX_QUEUES };
         let config = DeviceConfig {
             vports: vec![vport(1), vport(2)],
@@ -140,7 +148,7 @@ impl Machine {
             clock: clock.clone(),
             waker: due.clone(),
             ports: cables.iter().map(|cable| cable.clone() as Arc<dyn Port>).collect(),
-            observer: None,
+            observer,
         };
         let device = ManaDevice::new(config, host).expect("the card takes this configuration");
         let power_on = device.save();

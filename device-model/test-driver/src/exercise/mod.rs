@@ -31,6 +31,10 @@ pub mod ram;
 pub mod restore;
 pub mod seeds;
 
+use std::sync::Arc;
+
+use mana_device::observe::{Event, Observer};
+
 pub use machine::Machine;
 
 /// A target: plays one input to a machine as new.
@@ -64,6 +68,10 @@ impl Player {
     pub fn new(play: Play) -> Self {
         Self { machine: Machine::new(), play, recent: std::array::from_fn(|_| Vec::new()), cases: 0 }
     }
+    /// As [`new`](Self::new), with an observer, for which all that the guest sends is decoded.
+    pub fn observed(play: Play) -> Self {
+        Self { machine: Machine::with(Some(Arc::new(Listener))), ..Self::new(play) }
+    }
     /// As [`case`], but all of memory is looked at after the first [`SWEEP`] cases, so that a single one is judged
     /// whole, and from then on after as many at once.
     ///
@@ -89,6 +97,15 @@ impl Player {
             assert!(machine.ram.is_clear(), "the card wrote where nobody had granted it: input {input:02x?}");
         }
         panic!("the card wrote where nobody had granted it, after several of {:02x?}", self.recent);
+    }
+}
+
+/// An observer that listens and keeps nothing.
+pub struct Listener;
+
+impl Observer for Listener {
+    fn event(&self, _: u64, event: &Event) {
+        std::hint::black_box(event);
     }
 }
 

@@ -1,6 +1,8 @@
 //! What the fuzz targets start from: what the in-process driver did to its card, step by step, written down as their
 //! inputs. The card's own events tell.
 
+use std::collections::BTreeSet;
+
 use mana_device::config::{DeviceConfig, VportConfig};
 use mana_device::observe::{Event, QueueKind};
 
@@ -190,6 +192,11 @@ fn traffic() -> Vec<Seed> {
             seeds.push(("queues", name, sends(&flow, protocol)));
         }
     }
+    seeds.push((
+        "packets",
+        "v6-mobile".to_owned(),
+        [&[0x0c, 0x7f, 64, 8, 0x88][..], &mobile(), &[0x88]].concat(),
+    ));
     // Send, time, buffers, a batch, completions of both queues, twice.
     let round = [
         &[0, 0, 0, 0x0b, 0, 0, 0, 0, 1, 0x10, 0, 4, 0, 4, 0, 0, 2, 0, 7, 0, 6][..],
@@ -199,6 +206,63 @@ fn traffic() -> Vec<Seed> {
     seeds.push(("device", "traffic".to_owned(), [&[2][..], &round, &round].concat()));
     seeds.push(("device", "offloading-port".to_owned(), [&[2 | 4, 16, 1][..], &round, &round].concat()));
     seeds
+}
+
+/// The length and the bytes of a frame with a home address and a type 2 routing header (RFC 6275): what RSS hashes.
+fn mobile() -> Vec<u8> {
+    const DESTINATION_OPTIONS: u8 = 60;
+    const ROUTING: u8 = 43;
+    let frame = Flow::v6([2, 0, 0, 0, 0, 1], 3).frame(Protocol::Udp, &[0x55; 16]);
+    let (before, transport) = frame.split_at(54);
+    let options = [&[ROUTING, 2, 1, 2, 0, 0, 201, 16][..], &[0xfc; 16]].concat();
+    let routing = [&[Protocol::Udp as u8, 2, 2, 1, 0, 0, 0, 0][..], &[0xfb; 16]].concat();
+    let mut frame = [before, &options, &routing, transport].concat();
+    let payload = (frame.len() - 54) as u16;
+    frame[18..20].copy_from_slice(&payload.to_be_bytes());
+    frame[20] = DESTINATION_OPTIONS;
+    [&(frame.len() as u16).to_le_bytes()[..], &frame].concat()
+}
+
+/// Words that stand in inputs, for libFuzzer's mutations: what the driver said and was told, and each command with the
+/// lengths of its messages.
+///
+/// # Panics
+/// The driver does not load.
+pub fn dictionary() -> String {
+    let mut words = BTreeSet::new();
+    for (code, request, response) in COMMANDS {
+        words.insert(code.to_le_bytes().to_vec());
+        words.insert((request as u32).to_le_bytes().to_vec());
+        words.insert(response.to_le_bytes().to_vec());
+    }
+    for (_, generation) in GENERATIONS {
+        for event in record(generation) {
+            match event {
+                Event::RegRead { offset, value, .. } => {
+                    words.insert((offset as u16).to_le_bytes().to_vec());
+                    words.insert((value as u32).to_le_bytes().to_vec());
+                }
+                Event::HwcRequest { code, version, .. } => {
+                    words.insert(code.to_le_bytes().to_vec());
+                    words.insert(version.to_le_bytes().to_vec());
+                }
+                Event::MsixProgram { address, data, .. } => {
+                    words.insert(address.to_le_bytes().to_vec());
+                    words.insert(data.to_le_bytes().to_vec());
+                }
+                Event::QueueCreate { id, entries, .. } => {
+                    words.insert(id.to_le_bytes().to_vec());
+                    words.insert(entries.to_le_bytes().to_vec());
+                }
+                _ => {}
+            }
+        }
+    }
+    let line = |word: Vec<u8>| {
+        let bytes: String = word.iter().map(|byte| format!("\\x{byte:02x}")).collect();
+        format!("\"{bytes}\"\n")
+    };
+    words.into_iter().map(line).collect()
 }
 
 /// A frame whose checksum the card makes, then one that it cuts.
