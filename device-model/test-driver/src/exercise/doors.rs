@@ -17,8 +17,9 @@ struct Entry {
     routed: Option<MsiMessage>,
 }
 
-#[derive(Default)]
-struct State {
+/// What the guest has written to the table, and what has fired.
+#[derive(Clone, Default)]
+pub struct State {
     entries: [Entry; VECTORS],
     enabled: bool,
     function_mask: bool,
@@ -77,6 +78,14 @@ impl Vectors {
     /// The function is reset.
     pub fn reset(&self) {
         self.with(|state| *state = State::default());
+    }
+    /// All that is known.
+    pub fn state(&self) -> State {
+        self.with(|state| state.clone())
+    }
+    /// What was known when `state` was taken is known.
+    pub fn set(&self, state: &State) {
+        self.with(|known| known.clone_from(state));
     }
     /// The function is reset in the middle of a case: what has fired remains known.
     pub fn reset_function(&self) {

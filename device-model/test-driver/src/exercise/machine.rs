@@ -11,9 +11,10 @@ use mana_device::state::State;
 use mana_device::{Host, ManaDevice, Ran};
 
 use super::digest;
-use super::doors::{Cable, Due, VECTORS, Vectors};
+use super::doors::{self, Cable, Due, VECTORS, Vectors};
 use super::model::{Model, dword, field};
-use super::ram::{Holder, PAGE, Ram, address};
+use super::port::Registration;
+use super::ram::{Holder, Image, PAGE, Ram, address};
 use crate::queues::doorbell;
 use crate::smc::Establish;
 use crate::world::ManualClock;
@@ -102,8 +103,23 @@ pub struct Machine {
     pub clock: Arc<ManualClock>,
     due: Arc<Due>,
     power_on: (State, Vec<u8>),
+    /// With the first and with the second port open.
+    up: [Option<Box<Moment>>; VPORTS],
+    /// Nothing was done since the last reset.
+    fresh: bool,
     doorbells: u64,
     seen: u64,
+}
+
+/// A machine at one moment.
+struct Moment {
+    card: State,
+    memory: Image,
+    model: Model,
+    channel: Channel,
+    vectors: doors::State,
+    seen: u64,
+    registration: Registration,
 }
 
 impl Default for Machine {
@@ -163,11 +179,14 @@ impl Machine {
             clock,
             due,
             power_on,
+            up: [None, None],
+            fresh: true,
             doorbells: 0,
             seen: 0,
         };
         machine.doorbells = u64::from_le_bytes(machine.read(0, 0x08));
         machine.seen = 0;
+        machine.fresh = true;
         machine
     }
     /// The end of a case: memory is looked at, then the machine is reset.
@@ -192,6 +211,42 @@ impl Machine {
         self.model = Model::default();
         self.channel = Channel::default();
         self.seen = 0;
+        self.fresh = true;
+    }
+    /// Nothing was done since the last reset.
+    pub fn is_fresh(&self) -> bool {
+        self.fresh
+    }
+    /// Keep this moment, with vPort `port` open.
+    pub fn remember(&mut self, port: usize, registration: Registration) {
+        self.up[port] = Some(Box::new(Moment {
+            card: self.device.save(),
+            memory: self.ram.image(),
+            model: self.model.clone(),
+            channel: self.channel,
+            vectors: self.vectors.state(),
+            seen: self.seen,
+            registration,
+        }));
+    }
+    /// A machine as new becomes what it was when vPort `port` was open.
+    ///
+    /// # Panics
+    /// The card refuses its own state.
+    pub fn recall(&mut self, port: usize) -> Option<Registration> {
+        let moment = self.up[port].as_deref()?;
+        self.fresh = false;
+        self.ram.set(&moment.memory);
+        self.model.clone_from(&moment.model);
+        self.channel = moment.channel;
+        self.vectors.set(&moment.vectors);
+        self.seen = moment.seen;
+        let registration = moment.registration;
+        let loaded = self.device.load(&moment.card);
+        assert!(loaded.is_ok(), "the card can't be as it was: {loaded:?}");
+        self.device.resume();
+        self.settle();
+        Some(registration)
     }
     /// The state of the card before anybody has touched it, as bytes.
     pub fn power_on_bytes(&self) -> &[u8] {
@@ -227,6 +282,7 @@ impl Machine {
     /// # Panics
     /// What it sets off is wrong.
     pub fn config_write(&mut self, offset: u16, data: &[u8]) {
+        self.fresh = false;
         self.vectors.config(offset, data);
         let flr = data.iter().zip(offset..).any(|(byte, at)| at == 0x69 && byte & 0x80 != 0);
         if flr {
@@ -258,6 +314,7 @@ impl Machine {
     }
     /// Write to a BAR.
     pub fn bar_write(&mut self, bar: u8, offset: u64, data: &[u8]) {
+        self.fresh = false;
         let aligned = matches!(data.len(), 4 | 8) && offset.is_multiple_of(data.len() as u64);
         if bar == MSIX_BAR && offset < VECTORS as u64 * 16 && aligned {
             for (at, bytes) in data.chunks_exact(4).enumerate() {

@@ -89,7 +89,7 @@ pub struct Wq {
 }
 
 /// Everything that commands have made.
-#[derive(Default)]
+#[derive(Clone, Default)]
 pub struct Model {
     /// There is a hardware channel.
     pub channel: bool,

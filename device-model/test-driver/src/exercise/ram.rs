@@ -54,6 +54,14 @@ pub enum Holder {
     Anybody,
 }
 
+/// What guest memory holds, and who may write there.
+#[derive(Clone)]
+pub struct Image {
+    pieces: Vec<(usize, usize, Box<[u8]>)>,
+    grants: Vec<(Holder, Range<u64>)>,
+    visited: u32,
+}
+
 /// Guest memory and its shadow.
 pub struct Ram {
     memory: GuestMemoryMmap,
@@ -232,6 +240,27 @@ impl Ram {
         }
         self.visited = 0;
         self.grants.clear();
+    }
+    /// What there is.
+    ///
+    /// # Panics
+    /// The card wrote where it had no business.
+    pub fn image(&mut self) -> Image {
+        self.check();
+        let touched = self.touched.iter().enumerate().filter(|(_, touched)| touched.end > 0);
+        let piece = |(index, touched): (usize, &Range<usize>)| {
+            (index, touched.start, self.shadow[index][touched.clone()].into())
+        };
+        Image { pieces: touched.map(piece).collect(), grants: self.grants.clone(), visited: self.visited }
+    }
+    /// Memory that was reset holds what it held when `image` was made.
+    pub fn set(&mut self, image: &Image) {
+        let Image { pieces, grants, visited } = image;
+        for (index, at, bytes) in pieces {
+            self.write(address(*index) + *at as u64, bytes);
+        }
+        self.grants.clone_from(grants);
+        self.visited = *visited;
     }
     /// A number that any difference in memory changes, page `except` left out.
     pub fn digest(&self, except: usize) -> u64 {
