@@ -26,6 +26,8 @@ const PATIENCE: Duration = Duration::from_secs(150);
 const LAST_CHANCE: Duration = Duration::from_secs(5);
 /// What brings a driver back that does not recover, before the next n.
 const RELOAD: &str = "rmmod mana_ib 2>/dev/null; rmmod mana; modprobe mana && link-up";
+/// How long the newest driver may be about a reset of its own: it sleeps 10 s, and may look for the function again.
+const RESET: Duration = Duration::from_secs(40);
 /// Characters of a command's words that are passed on.
 const LONGEST: usize = 300;
 
@@ -187,9 +189,14 @@ impl Sweep {
         Ok(broken)
     }
 
-    /// Loads the driver afresh. Does it work?
+    /// Loads the driver afresh. Does it work? While it resets the function by itself, it can't be unloaded.
     fn reload(&mut self) -> bool {
-        let works = shell(RELOAD).is_ok() && shell(&self.recover).is_ok();
+        let start = Instant::now();
+        let mut works = shell(RELOAD).is_ok() && shell(&self.recover).is_ok();
+        while !works && start.elapsed() < RESET {
+            thread::sleep(Duration::from_secs(3));
+            works = shell(RELOAD).is_ok() && shell(&self.recover).is_ok();
+        }
         if works && let Ok(ledger) = ledger() {
             self.ledger = ledger;
             self.rules = rules().unwrap_or_default();
