@@ -115,13 +115,14 @@ fn spread(combinations: &[Combination]) -> Vec<Combination> {
         let gain =
             |combination: &Combination| combination.pairs().filter(|pair| !seen.contains(pair)).count();
         // Of equals, one from the middle: neighbours differ in one value only.
-        let best = rest.iter().map(gain).max().unwrap_or_default();
+        let gains: Vec<usize> = rest.iter().map(gain).collect();
+        let best = gains.iter().max().copied().unwrap_or_default();
         if best == 0 {
             // The order of what is left makes no difference.
             ordered.append(&mut rest);
             break;
         }
-        let equals: Vec<usize> = (0..rest.len()).filter(|&index| gain(&rest[index]) == best).collect();
+        let equals: Vec<usize> = (0..rest.len()).filter(|&index| gains[index] == best).collect();
         let chosen = rest.remove(equals[equals.len() / 2]);
         seen.extend(chosen.pairs());
         ordered.push(chosen);

@@ -175,8 +175,10 @@ function commands(device, several) {
     element("td", { class: "number" }, (took / 1e3).toFixed(0) + " µs"),
     element("td", {}, status ? "0x" + status.toString(16) : "ok")));
   const failed = device.commands.filter((command) => command[3]).length;
-  const title = `Commands${several ? ` of function ${device.n}` : ""}: ${device.all_commands}` +
-    (failed ? `, ${failed} of them failed` : "");
+  const here = device.commands.length;
+  const cut = here < device.all_commands ? `, of which the first ${here} are here and above, all in timeline.html` : "";
+  const title = `Commands${several ? ` of function ${device.n}` : ""}: ${device.all_commands}${cut}` +
+    (failed ? `; ${failed} of ${cut ? "these" : "them"} failed` : "");
   return section(title, false, element("div", { class: "scroll" }, element("table", {},
     element("thead", {}, element("tr", {}, ...["at, s", "command", "took", "status"].map((name) => element("th", {}, name)))),
     element("tbody", {}, ...rows))));
