@@ -20,6 +20,7 @@ use crate::bus::Bus;
 use crate::clock::MonotonicClock;
 use crate::config::{Slot, VmConfig};
 use crate::control::{Control, ControlSocket};
+use crate::doorbells::Doorbells;
 use crate::events::{EventLoop, Signals, StopListener, Timeout};
 use crate::irq::{self, IrqLine, LevelLine, MsiRoutes};
 use crate::legacy::{
@@ -154,6 +155,7 @@ impl Machine {
         add_endings(&mut events, outside, &stop)?;
 
         let cables = Exchange::new(outside.clock.clone());
+        let doorbells = Doorbells::new(vm.clone());
         let around = Surroundings {
             netdevs: &config.netdevs,
             cables: &cables,
@@ -162,6 +164,7 @@ impl Machine {
             clock: &outside.clock,
             trace: outside.trace.as_ref(),
             stop: &stop,
+            doorbells: Some(&doorbells),
         };
         let nics = config.nics.iter().enumerate().map(|(index, nic)| {
             let msi = Arc::new(MsiRoutes::new(vm.clone()));
@@ -185,7 +188,12 @@ impl Machine {
         )?;
         let exits = ExitCounts::new(config.topology.cpus);
         agent.set_exits(exits.clone());
-        let vcpus = create_vcpus(config, &kvm, &vm, &exits)?;
+        let vcpus = create_vcpus(config, &kvm, &vm, &exits, &doorbells)?;
+        if let Some(cpu) = vcpus.first()
+            && let Err(error) = doorbells.begin(&pci, cpu.fd())
+        {
+            log::info!("every doorbell comes out to us: {error:#}");
+        }
         let initrd = initrd(config)?;
         let command_line = command_line(config);
         let source =
@@ -289,6 +297,7 @@ fn create_vcpus(
     kvm: &Kvm,
     vm: &VmFd,
     exits: &Arc<ExitCounts>,
+    doorbells: &Arc<Doorbells>,
 ) -> anyhow::Result<Vec<Vcpu>> {
     let most = kvm.get_max_vcpus();
     let cpus = config.topology.cpus;
@@ -296,7 +305,7 @@ fn create_vcpus(
     let supported = kvm.get_supported_cpuid(KVM_MAX_CPUID_ENTRIES).context("KVM_GET_SUPPORTED_CPUID")?;
     let vcpu = |index| {
         let cpuid = topology::cpuid(&supported, &config.topology, index);
-        Vcpu::new(vm, index, topology::apic_id(&config.topology, index), &cpuid, exits)
+        Vcpu::new(vm, index, topology::apic_id(&config.topology, index), &cpuid, exits, doorbells)
     };
     (0..cpus).map(vcpu).collect()
 }

@@ -3,6 +3,8 @@
 //! A doorbell only notes that a queue has work ([`Waker`]); a worker then runs it. Each worker is an event loop
 //! with a mailbox: pieces of work come from doorbells, cables from their files and kicks, and both from deadlines.
 //! A doorbell may also be a file, which KVM writes without us ([`Function::doorbells`]).
+//! Doorbells that say only what the driver has taken may wait in a ring of KVM's ([`Doorbells`]); workers take them out
+//! before they run anything.
 //! A worker takes turns: every piece gets its budget, then goes to the back. It sleeps when its mailbox is empty
 //! and is woken by an eventfd only then, so a busy worker costs a doorbell no system call.
 //!
@@ -12,8 +14,9 @@
 //! HWC commands run here and not on the vCPU that rang: the driver sleeps until the answer's interrupt anyway, so
 //! the switch to the worker happens while that vCPU has nothing to do, and its other work goes on meanwhile.
 
+use std::cell::Cell;
 use std::collections::VecDeque;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
@@ -26,6 +29,7 @@ use vmm_sys_util::epoll::EventSet;
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 use vmm_sys_util::timerfd::TimerFd;
 
+use crate::doorbells::{Doorbells, POLL};
 use crate::net::{Cable, Frame};
 use crate::seccomp::{self, Role};
 
@@ -63,6 +67,10 @@ pub trait Function: Send + Sync {
     }
     /// Frames from the cable of `port`.
     fn deliver(&self, port: usize, frames: &[Frame<'_>]);
+    /// Whether something is told to the driver only when it has rung.
+    fn awaits_doorbells(&self) -> bool {
+        false
+    }
     /// Queues that are rung by a file. Asked for once.
     fn doorbells(&self) -> Vec<(u32, EventFd)> {
         Vec::new()
@@ -80,6 +88,9 @@ impl Function for ManaDevice {
     }
     fn run_timers(&self) -> Option<u64> {
         self.run_timers()
+    }
+    fn awaits_doorbells(&self) -> bool {
+        self.awaits_doorbells()
     }
     fn deliver(&self, port: usize, frames: &[Frame<'_>]) {
         for batch in frames.chunks(BUDGET) {
@@ -154,6 +165,15 @@ pub struct Mailboxes {
     /// What the threads are called.
     name: String,
     boxes: Vec<Mailbox>,
+    /// Workers don't interrupt CPUs of the guest.
+    patient: bool,
+    /// Where the device's doorbells may wait.
+    doorbells: OnceLock<Arc<Doorbells>>,
+}
+
+thread_local! {
+    /// The mailboxes whose worker this thread is.
+    static AT_WORK_FOR: Cell<*const Mailboxes> = const { Cell::new(std::ptr::null()) };
 }
 
 impl Mailboxes {
@@ -162,7 +182,7 @@ impl Mailboxes {
     /// # Errors
     /// No file descriptors are left.
     pub fn new(workers: usize) -> anyhow::Result<Arc<Self>> {
-        Self::named("mana", workers)
+        Self::build("mana", workers, true)
     }
 
     /// Mailboxes for `workers` threads of the device `name`, at least one.
@@ -170,8 +190,18 @@ impl Mailboxes {
     /// # Errors
     /// No file descriptors are left.
     pub fn named(name: &str, workers: usize) -> anyhow::Result<Arc<Self>> {
+        Self::build(name, workers, false)
+    }
+
+    fn build(name: &str, workers: usize, patient: bool) -> anyhow::Result<Arc<Self>> {
         let boxes: anyhow::Result<_> = (0..workers.max(1)).map(|_| Mailbox::new()).collect();
-        Ok(Arc::new(Self { name: name.to_owned(), boxes: boxes? }))
+        Ok(Arc::new(Self { name: name.to_owned(), boxes: boxes?, patient, doorbells: OnceLock::new() }))
+    }
+
+    /// The device's doorbells may come late, and the workers see to it that they do come. Before
+    /// [`start`](Self::start).
+    pub fn keep_doorbells(&self, doorbells: &Arc<Doorbells>) {
+        let _only_once = self.doorbells.set(doorbells.clone());
     }
 
     /// `piece` is to be run soon.
@@ -227,10 +257,16 @@ impl Mailboxes {
                 &doorbells,
                 Arc::clone(clock),
             )?;
+            let patient = self.patient;
             let thread = std::thread::Builder::new().name(format!("{}-worker{index}", self.name));
             workers.threads.push(
                 thread
-                    .spawn(move || seccomp::enter(Role::Worker).and_then(|()| worker.run()))
+                    .spawn(move || {
+                        if patient {
+                            wait_for_turns();
+                        }
+                        seccomp::enter(Role::Worker).and_then(|()| worker.run())
+                    })
                     .context("no thread for a device worker")?,
             );
         }
@@ -241,6 +277,12 @@ impl Mailboxes {
 impl Waker for Mailboxes {
     fn wake(&self, work: Work) {
         self.ring(work.into());
+    }
+    fn await_doorbells(&self) {
+        // A worker looks by itself before it sleeps.
+        if self.doorbells.get().is_some() && AT_WORK_FOR.get() != std::ptr::from_ref(self) {
+            self.ring_once(Piece::Timers);
+        }
     }
 }
 
@@ -289,6 +331,20 @@ impl Drop for Workers {
         }
     }
 }
+
+/// From now on the calling thread, when it is woken on a CPU that is busy, waits for its turn instead of interrupting
+/// who runs there (SCHED_BATCH). What wakes a worker is a CPU of the guest that rings: if it goes on, it rings again and
+/// all that becomes one batch with one interrupt; if it has nothing else to do it halts, and the turn has come anyway.
+fn wait_for_turns() {
+    let parameters = libc::sched_param { sched_priority: 0 };
+    // SAFETY: changes only how the calling thread is scheduled; the parameters outlive the call.
+    if unsafe { libc::sched_setscheduler(0, libc::SCHED_BATCH, &raw const parameters) } < 0 {
+        log::debug!("SCHED_BATCH: {}", std::io::Error::last_os_error());
+    }
+}
+
+/// A worker looks for doorbells no later than after this many doublings of [`POLL`].
+const MAX_BACKOFF: u32 = 4;
 
 /// Marks an event as a queue's doorbell; the rest of its number is the queue's.
 const DOORBELL: u32 = 1 << 31;
@@ -348,6 +404,9 @@ struct Worker<F> {
     /// Deadlines of this worker's cables, by vPort, and of the device.
     cable_deadlines: Vec<Option<u64>>,
     device_deadline: Option<u64>,
+    /// When to look for doorbells, and how many times there were none.
+    look_at: Option<u64>,
+    looks: u32,
     /// What the timer is set to; a deadline that has moved away lets it fire for nothing once.
     armed: Option<u64>,
 }
@@ -392,14 +451,18 @@ impl<F: Function> Worker<F> {
             ready: Vec::new(),
             cable_deadlines,
             device_deadline: None,
+            look_at: None,
+            looks: 0,
             armed: None,
         })
     }
 
     fn run(mut self) -> anyhow::Result<()> {
+        AT_WORK_FOR.set(Arc::as_ptr(&self.mailboxes));
         let mut turns = VecDeque::new();
         let mut busy = false;
         loop {
+            self.take_doorbells();
             {
                 let mut post = self.mailboxes.boxes[self.index].post();
                 if post.stop {
@@ -409,6 +472,7 @@ impl<F: Function> Worker<F> {
                 post.asleep = turns.is_empty();
             }
             if turns.is_empty() {
+                self.look_at = self.next_look();
                 self.arm()?;
                 self.wait(-1, &mut turns)?;
                 busy = false;
@@ -454,7 +518,30 @@ impl<F: Function> Worker<F> {
     }
 
     fn earliest(&self) -> Option<u64> {
-        self.cable_deadlines.iter().copied().flatten().chain(self.device_deadline).min()
+        let cables = self.cable_deadlines.iter().copied().flatten();
+        cables.chain(self.device_deadline).chain(self.look_at).min()
+    }
+
+    /// See to doorbells that came without waking anybody.
+    fn take_doorbells(&mut self) {
+        let Some(doorbells) = self.mailboxes.doorbells.get() else { return };
+        if doorbells.hand_over() > 0 {
+            self.looks = 0;
+        }
+        doorbells.pace();
+        self.look_at = None;
+    }
+
+    /// When to look for doorbells if nothing else comes: soon while send queues are rung without a wake-up; ever later
+    /// while the driver is to ring before it is told of something, since it does so right away or has much to do.
+    fn next_look(&mut self) -> Option<u64> {
+        let doorbells = self.mailboxes.doorbells.get()?;
+        if !doorbells.are_polled() && !self.device.awaits_doorbells() {
+            return None;
+        }
+        let wait = POLL * if doorbells.are_polled() { 1 } else { 1 << self.looks.min(MAX_BACKOFF) };
+        self.looks = self.looks.saturating_add(1);
+        Some(self.clock.now_ns().saturating_add(wait.as_nanos() as u64))
     }
 
     /// See that the timer fires no later than the next deadline.
