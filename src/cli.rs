@@ -5,6 +5,7 @@
 
 mod guest;
 mod options;
+mod restore;
 mod serve;
 
 use std::path::PathBuf;
@@ -17,6 +18,7 @@ use crate::keyval::OptionError;
 use crate::seccomp;
 use crate::trace::TraceArgs;
 
+pub use options::{MAX_CPUS, is_memory};
 pub use serve::ServeArgs;
 
 /// A small VMM with an emulated MANA NIC (Microsoft Azure Network Adapter).
@@ -46,8 +48,8 @@ pub enum Command {
     /// The words, and what they do: `fault add command=NAME|0xCODE|any|smc|eqe|cqe|msix|reg [nth=N] [count=M|all]
     /// [queue=ID] do=ACTION`, `fault list`, `fault clear [ID]`; `event TYPE [port=N] [after=MS] [every=MS] [count=N]
     /// [at-command=N]`, `event list`, `event stop [ID]`; `limits LIMIT=N...`, `profile NAME|FILE`, `profile list`;
-    /// `hostile SEED [rate=N] [at=WHERE]...`, `hostile stop`; `mark NAME`, `commands`, `ledger`, `counters`, `rules`; in
-    /// front of them `device=N` if the machine has several. Exit code: 1 if it can't be done.
+    /// `hostile SEED [rate=N] [at=WHERE]...`, `hostile stop`; `mark NAME`, `commands`, `ledger`, `counters`, `rules`;
+    /// `pause`, `resume`, `save FILE`; in front of them `device=N` if the machine has several. Exit code: 1 if it can't be done.
     Ctl {
         /// The machine's --control.
         #[arg(value_name = "SOCKET")]
@@ -119,7 +121,12 @@ impl Level1Args {
 #[derive(Args, Debug)]
 pub struct BootArgs {
     /// Guest made by resources/fetch-guests: 6.1, 6.12, newest, ...
-    #[arg(long, value_name = "SERIES", conflicts_with = "kernel", required_unless_present = "kernel")]
+    #[arg(
+        long,
+        value_name = "SERIES",
+        conflicts_with = "kernel",
+        required_unless_present_any = ["kernel", "restore"]
+    )]
     guest: Option<String>,
     /// bzImage or vmlinux.
     #[arg(long, value_name = "FILE")]
@@ -146,11 +153,15 @@ pub struct BootArgs {
     #[arg(long, value_name = "CMD", allow_hyphen_values = true)]
     exec: Option<String>,
     /// N, or cpus=,threads=,cores=,sockets=,nodes= (sockets counts those of one node).
-    #[arg(long, value_name = "N|LIST", default_value = "1")]
-    cpus: String,
+    ///
+    /// [default: 1]
+    #[arg(long, value_name = "N|LIST")]
+    cpus: Option<String>,
     /// Guest RAM: 512M, 2G; a bare number is MiB.
-    #[arg(long, value_name = "SIZE", default_value = "1G")]
-    memory: String,
+    ///
+    /// [default: 1G]
+    #[arg(long, value_name = "SIZE")]
+    memory: Option<String>,
     /// Where guest code runs.
     #[arg(long, value_enum, default_value = "auto")]
     accel: AccelArg,
@@ -184,6 +195,14 @@ pub struct BootArgs {
     /// log lets it pass and the kernel's log has it, off does without filters.
     #[arg(long, value_enum, default_value = "on", hide_possible_values = true, value_name = "on|log|off")]
     seccomp: seccomp::Mode,
+    /// Go on with the machine that `ctl SOCKET save FILE` has saved, with the options it was booted with: of those, only
+    /// netdevs may be others. The file is only read, and must stay as it is until the end.
+    #[arg(
+        long,
+        value_name = "FILE",
+        conflicts_with_all = ["guest", "kernel", "initrd", "modules", "driver", "append"]
+    )]
+    restore: Option<PathBuf>,
     /// End with exit code 3 after so many seconds.
     #[arg(long, value_name = "SECONDS", value_parser = clap::value_parser!(u64).range(1..))]
     timeout: Option<u64>,
@@ -195,8 +214,11 @@ impl BootArgs {
     /// # Errors
     /// [`OptionError`] for the first value that makes no sense, and for a file that is not there.
     pub fn into_config(self) -> Result<VmConfig, OptionError> {
-        let topology = options::cpus(&self.cpus)?;
-        let memory = options::memory(&self.memory, &topology)?;
+        if let Some(file) = self.restore.clone() {
+            return self.restored(file);
+        }
+        let topology = options::cpus(self.cpus.as_deref().unwrap_or("1"))?;
+        let memory = options::memory(self.memory.as_deref().unwrap_or("1G"), &topology)?;
         let mut netdevs = options::netdevs(&self.netdev)?;
         let (nics, virtio_nics) = options::devices(&self.device, &mut netdevs, &topology)?;
         options::pcaps(&self.pcap, &mut netdevs)?;
@@ -215,11 +237,7 @@ impl BootArgs {
             exec: self.exec,
             topology,
             memory,
-            accel: match self.accel {
-                AccelArg::Auto => Accel::Auto,
-                AccelArg::Kvm => Accel::Kvm,
-                AccelArg::Nested => Accel::Nested,
-            },
+            accel: self.accel.into(),
             netdevs,
             nics,
             virtio_nics,
@@ -228,8 +246,19 @@ impl BootArgs {
             console: self.console,
             timeout: self.timeout.map(Duration::from_secs),
             control: self.control,
+            restore: None,
             seccomp: self.seccomp,
         })
+    }
+}
+
+impl From<AccelArg> for Accel {
+    fn from(argument: AccelArg) -> Self {
+        match argument {
+            AccelArg::Auto => Self::Auto,
+            AccelArg::Kvm => Self::Kvm,
+            AccelArg::Nested => Self::Nested,
+        }
     }
 }
 

@@ -166,6 +166,8 @@ pub struct VmConfig {
     pub timeout: Option<Duration>,
     /// Socket for requests to the simulated host.
     pub control: Option<PathBuf>,
+    /// Go on with the machine in this file instead of booting a kernel.
+    pub restore: Option<PathBuf>,
     /// Filters of system calls.
     pub seccomp: seccomp::Mode,
 }

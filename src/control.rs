@@ -8,14 +8,18 @@
 //! Requests come through the socket of `--control` and from the guest itself, through the agent's port
 //! ([`crate::legacy::AgentPort`]).
 
+pub mod desk;
 mod socket;
 
-use std::sync::{Arc, Mutex, PoisonError};
+use std::path::PathBuf;
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 
 use mana_device::ManaDevice;
 use mana_device::host::{Answer, Profile};
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
+
+use desk::{Desk, Wish};
 
 pub use socket::{ControlSocket, Respond, ask};
 
@@ -54,6 +58,18 @@ pub fn refusal(request: &str, error: &str) -> String {
     serde_json::to_string(&Refused { id, ok: false, error: error.to_owned() }).unwrap_or_default()
 }
 
+/// If `request` is `verb FILE`: the same for the file `there`, and the file that it names.
+pub fn with_file(request: &str, verb: &str, there: &str) -> Option<(String, PathBuf)> {
+    let mut request: Request = serde_json::from_str(request).ok()?;
+    match request.words.as_mut_slice() {
+        [word, file] if word == verb => {
+            let here = std::mem::replace(file, there.to_owned());
+            Some((serde_json::to_string(&request).ok()?, here.into()))
+        }
+        _ => None,
+    }
+}
+
 /// The profile `name` of those that come with the card, or in a file.
 ///
 /// # Errors
@@ -79,12 +95,27 @@ pub enum Asker {
 #[derive(Default)]
 pub struct Control {
     devices: Mutex<Vec<Arc<ManaDevice>>>,
+    /// Where the machine's own thread takes wishes, if there is a machine.
+    machine: OnceLock<Arc<Desk>>,
+    /// Held while a request is done, and while the machine is saved.
+    busy: Mutex<()>,
 }
 
 impl Control {
     /// From now on requests are for `devices`.
     pub fn set_devices(&self, devices: Vec<Arc<ManaDevice>>) {
         *self.devices.lock().unwrap_or_else(PoisonError::into_inner) = devices;
+    }
+
+    /// Wishes for the machine wait at `desk`.
+    pub fn set_machine(&self, desk: Arc<Desk>) {
+        // There is one for as long as the process lives.
+        let _ = self.machine.set(desk);
+    }
+
+    /// Nothing is done to the devices from here while the answer lives.
+    pub fn hold(&self) -> MutexGuard<'_, ()> {
+        self.busy.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Do what `request` of `asker` asks for; the answer, without a line feed.
@@ -104,6 +135,16 @@ impl Control {
     }
 
     fn execute(&self, words: &[String], asker: Asker) -> Result<Answer, String> {
+        match (Wish::parse(words), asker) {
+            (Some(wish), Asker::User) => {
+                let machine = self.machine.get();
+                return machine
+                    .ok_or("the machine is another process's: only `boot` can do that")?
+                    .ask(wish?);
+            }
+            (Some(_), Asker::Guest) => return Err("a guest can't do that to its own machine".into()),
+            (None, _) => {}
+        }
         let (index, words) = match words.first().and_then(|word| word.strip_prefix("device=")) {
             Some(text) => {
                 let index = text.parse().map_err(|_| format!("device must be a number, not `{text}`"))?;
@@ -116,6 +157,7 @@ impl Control {
         let known = devices.len();
         drop(devices);
         let device = device.ok_or_else(|| format!("there is no device {index}, but {known} from 0 on"))?;
+        let _hold = self.hold();
         match (asker, words) {
             (Asker::User, [verb, file]) if verb == "profile" && file.contains(['/', '.']) => {
                 device.set_profile(&profile(file)?).map(|()| Answer::default())

@@ -12,6 +12,7 @@ use vmm_sys_util::epoll::EventSet;
 use vmm_sys_util::signal::{block_signal, create_sigset};
 use vmm_sys_util::timerfd::TimerFd;
 
+use crate::control::desk::Desk;
 use crate::stop::{Outcome, Stop};
 
 /// An event loop of subscribers of any kind.
@@ -26,6 +27,19 @@ impl MutEventSubscriber for StopListener {
     }
 
     fn process(&mut self, _: Events, _: &mut EventOps<'_>) {}
+}
+
+/// Ends a wait when somebody wishes something of the machine.
+pub struct WishListener(pub Arc<Desk>);
+
+impl MutEventSubscriber for WishListener {
+    fn init(&mut self, ops: &mut EventOps<'_>) {
+        watch(ops, self.0.bell());
+    }
+
+    fn process(&mut self, _: Events, _: &mut EventOps<'_>) {
+        let _how_often = self.0.bell().read();
+    }
 }
 
 /// `--timeout`.

@@ -47,6 +47,14 @@ impl IrqLine {
         vm.register_irqfd(&event, gsi).with_context(|| format!("KVM_IRQFD for GSI {gsi}"))?;
         Ok(Self { event })
     }
+
+    /// The same pin.
+    ///
+    /// # Errors
+    /// The host has no event descriptor left.
+    pub fn try_clone(&self) -> anyhow::Result<Self> {
+        Ok(Self { event: self.event.try_clone().context("no event descriptor")? })
+    }
 }
 
 impl Trigger for IrqLine {

@@ -128,6 +128,7 @@ fn serve_orders(orders: &Orders, link: &Link, incoming: &mut File) -> Result<()>
             Order::Input(bytes) => drop(input.as_mut().map(|input: &mut File| input.write_all(&bytes))),
             Order::InputEnd => input = None,
             Order::Control(number, request) => relay::pass_on(number, request, control.clone(), link),
+            Order::Fetch(number, path) => relay::send_file(number, path, link),
             Order::PowerOff => return Ok(()),
         }
     }

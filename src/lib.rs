@@ -27,6 +27,7 @@ pub mod pci_host;
 pub mod places;
 pub mod seccomp;
 pub mod serve;
+pub mod snapshot;
 pub mod stop;
 pub mod topology;
 pub mod trace;

@@ -1,9 +1,14 @@
-//! Guest RAM: anonymous memory of this process, known to KVM by slots.
+//! Guest RAM: memory of this process, anonymous or a private copy of a file's, known to KVM by slots.
+
+use std::fs::File;
 
 use anyhow::Context;
 use kvm_bindings::kvm_userspace_memory_region;
 use kvm_ioctls::VmFd;
-use vm_memory::{GuestAddress, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion, GuestRegionMmap};
+use vm_memory::{
+    FileOffset, GuestAddress, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion, GuestRegionMmap,
+    MmapRegion,
+};
 
 use crate::layout;
 
@@ -20,6 +25,28 @@ pub fn allocate(bytes: u64) -> anyhow::Result<GuestMemoryMmap> {
         .with_context(|| format!("--memory: no room for {} MiB of guest RAM", bytes >> 20))?;
     memory.iter().for_each(advise_huge_pages);
     Ok(memory)
+}
+
+/// `bytes` of RAM whose contents are in `file` from `at` on. A page is read when it is first used; what is written stays
+/// in this process.
+///
+/// # Errors
+/// The file is too short, or can't be mapped.
+pub fn map_private(bytes: u64, file: &File, at: u64) -> anyhow::Result<GuestMemoryMmap> {
+    let mut at = at;
+    let mut regions = Vec::new();
+    for range in layout::ram(bytes) {
+        let size = range.end - range.start;
+        let from = FileOffset::new(file.try_clone()?, at);
+        let (prot, flags) = (libc::PROT_READ | libc::PROT_WRITE, libc::MAP_PRIVATE | libc::MAP_NORESERVE);
+        let mapping = MmapRegion::build(Some(from), size as usize, prot, flags)
+            .with_context(|| format!("no room for {} MiB of guest RAM", bytes >> 20))?;
+        regions.push(
+            GuestRegionMmap::new(mapping, GuestAddress(range.start)).context("RAM past all addresses")?,
+        );
+        at += size;
+    }
+    GuestMemoryMmap::from_regions(regions).context("no room for guest RAM")
 }
 
 /// Transparent huge pages: fewer faults at boot, and shorter walks of nested page tables. Only advice, so that a

@@ -147,6 +147,8 @@ impl Level1 {
             tempfile::tempfile().context("can't make a temporary file for level 1's initramfs")?;
         job::pack(initramfs.try_clone()?, &modules, parcels)?;
         let memory = parcels.iter().map(|parcel| match &parcel.job.task {
+            // It may be saved there before it comes here.
+            Task::Boot(config) if config.control.is_some() => 2 * config.memory,
             Task::Boot(config) => config.memory,
             Task::Command { memory, .. } => *memory,
             Task::Probe => 0,
@@ -195,6 +197,7 @@ impl Level1 {
                 Some(Report::Failed(reason)) => return Err(Trouble::Unfit(reason).into()),
                 Some(Report::Ready) => {}
                 Some(Report::Answer(number, part)) => relay.answered(number, &part),
+                Some(Report::FilePart { number, offset, bytes }) => relay.file_part(number, offset, &bytes),
                 None => {
                     eprintln!("mana-vmm: the emulated machine does not answer; time is up");
                     return Ok(TIMED_OUT);

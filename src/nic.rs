@@ -81,6 +81,16 @@ impl Nic {
         &self.device
     }
 
+    /// The workers do nothing until [`resume`](Self::resume).
+    pub fn pause(&self) {
+        self.workers.pause();
+    }
+
+    /// They go on.
+    pub fn resume(&self) {
+        self.workers.resume();
+    }
+
     /// Brings what is alive now into the trace, whenever it is called, and `detail` of what the host does about it.
     pub fn ledger_report(&self, detail: Option<&'static str>) -> impl Fn() + Send + 'static {
         let (device, clock, observer) = (self.device.clone(), self.clock.clone(), self.observer.clone());

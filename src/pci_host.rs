@@ -21,6 +21,7 @@ use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use arc_swap::ArcSwap;
+use serde::{Deserialize, Serialize};
 use vm_device::bus::{MmioAddress, MmioAddressOffset, PioAddress, PioAddressOffset};
 use vm_device::{DeviceMmio, DevicePio};
 
@@ -149,6 +150,14 @@ fn contains(outer: &Range<u64>, inner: &Range<u64>) -> bool {
     outer.start <= inner.start && inner.end <= outer.end
 }
 
+/// What is kept of the host bridges.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct PciState {
+    config_address: u32,
+    /// Configuration spaces of the root ports, by bridge and device number.
+    ports: Vec<Vec<u8>>,
+}
+
 /// All PCI host bridges of the machine.
 ///
 /// On the buses it answers [`mmio_ranges`](Self::mmio_ranges) and 8 ports from [`layout::PCI_CONFIG_PORT`] on.
@@ -210,6 +219,35 @@ impl PciHost {
     pub fn mmio_ranges(&self) -> [Range<u64>; 3] {
         let [mmio32, mmio64] = self.windows.clone();
         [layout::ECAM, mmio32, mmio64]
+    }
+
+    fn ports(&self) -> impl Iterator<Item = &RootPort> {
+        self.bridges.iter().flat_map(|bridge| &bridge.devices).filter_map(|device| match device {
+            Device::Port(port) => Some(&**port),
+            Device::Function(_) => None,
+        })
+    }
+
+    /// What is kept; each function keeps its own.
+    pub fn save(&self) -> PciState {
+        PciState {
+            config_address: self.config_address.load(Ordering::Relaxed),
+            ports: self.ports().map(RootPort::save).collect(),
+        }
+    }
+
+    /// Become what `state` says, once all functions have become what they were.
+    ///
+    /// # Errors
+    /// It is of another machine.
+    pub fn load(&self, state: &PciState) -> anyhow::Result<()> {
+        let PciState { config_address, ports } = state;
+        let known = self.ports().count();
+        anyhow::ensure!(ports.len() == known, "{} root ports, not {known}", ports.len());
+        self.ports().zip(ports).try_for_each(|(port, saved)| port.load(saved))?;
+        self.config_address.store(*config_address, Ordering::Relaxed);
+        self.remap();
+        Ok(())
     }
 
     fn target(&self, address: ConfigAddress) -> Option<Target<'_>> {

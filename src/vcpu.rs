@@ -1,11 +1,11 @@
 //! vCPUs: one thread each, which runs guest code and hands its accesses to the bus.
 
-use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
-use anyhow::Context;
+use anyhow::{Context, bail};
 use kvm_bindings::{CpuId, kvm_mp_state};
 use kvm_ioctls::{VcpuExit, VcpuFd, VmFd};
 use vmm_sys_util::signal::{Killable, SIGRTMIN, register_signal_handler};
@@ -14,6 +14,7 @@ use crate::boot::{self, EntryState};
 use crate::bus::Bus;
 use crate::doorbells::Doorbells;
 use crate::seccomp::{self, Role};
+use crate::snapshot::cpu::CpuState;
 use crate::stop::{Outcome, Stop};
 
 /// A CPU that was between two runs when it was kicked is kicked again after this long.
@@ -110,18 +111,65 @@ impl Vcpu {
         self.fd.set_mp_state(runnable).context("KVM_SET_MP_STATE")
     }
 
-    /// Run guest code until `stop` has an outcome.
-    fn run(mut self, bus: &Bus, stop: &Stop) {
-        while stop.outcome().is_none() {
+    /// The state of this CPU, which has been stopped; `msrs` are those that KVM says make it up.
+    fn save(&self, msrs: &[u32]) -> anyhow::Result<CpuState> {
+        CpuState::save(&self.fd, msrs).with_context(|| format!("CPU {}", self.index))
+    }
+
+    /// Be what `state` says, and not at the start.
+    ///
+    /// # Errors
+    /// No CPU can be in this state.
+    pub fn restore(&self, state: &CpuState, msrs: &[u32]) -> anyhow::Result<()> {
+        state.restore(&self.fd, msrs).with_context(|| format!("CPU {}", self.index))
+    }
+
+    /// Let this CPU's time go on as `state` says.
+    ///
+    /// # Errors
+    /// KVM refuses it.
+    pub fn restore_tsc(&self, state: &CpuState) -> anyhow::Result<()> {
+        state.restore_tsc(&self.fd)
+    }
+
+    /// Let its timer go on, once the time of all does.
+    ///
+    /// # Errors
+    /// KVM refuses it.
+    pub fn restore_deadline(&self, state: &CpuState) -> anyhow::Result<()> {
+        state.restore_deadline(&self.fd)
+    }
+
+    /// Run guest code until `gate` is closed or `stop` has an outcome.
+    fn run(&mut self, bus: &Bus, gate: &Gate, stop: &Stop) {
+        while !gate.is_closed() && stop.outcome().is_none() {
             if let Err(outcome) = self.run_once(bus) {
                 stop.request(outcome);
             }
         }
-        log::info!("CPU {}: {:?}", self.index, self.exits);
+        if let Err(outcome) = self.settle(bus) {
+            stop.request(outcome);
+        }
+    }
+
+    /// Let KVM finish the access that it came out for last: before that, the registers are those of an instruction that
+    /// is half done.
+    fn settle(&mut self, bus: &Bus) -> Result<(), Outcome> {
+        self.fd.set_kvm_immediate_exit(1);
+        // An instruction may make several accesses.
+        let settled = loop {
+            match self.run_once(bus) {
+                Ok(Came::ForNothing) => break Ok(()),
+                Ok(Came::ForUs) => {}
+                Err(outcome) => break Err(outcome),
+            }
+        };
+        self.fd.set_kvm_immediate_exit(0);
+        settled
     }
 
     /// Run guest code until it needs us, and serve it.
-    fn run_once(&mut self, bus: &Bus) -> Result<(), Outcome> {
+    fn run_once(&mut self, bus: &Bus) -> Result<Came, Outcome> {
         let index = self.index;
         let exit = self.fd.run();
         self.exits.count(&exit);
@@ -136,7 +184,7 @@ impl Vcpu {
             }
             Ok(VcpuExit::IoIn(port, data)) => bus.port_read(port, data),
             Ok(VcpuExit::IoOut(port, data)) => bus.port_write(port, data),
-            Ok(VcpuExit::Intr) => {}
+            Ok(VcpuExit::Intr) => return Ok(Came::ForNothing),
             // A guest that wants a reset has registers for it; a CPU that can't handle a fault while it handles
             // another has crashed.
             Ok(VcpuExit::Shutdown) => {
@@ -149,11 +197,13 @@ impl Vcpu {
             }
             Ok(VcpuExit::InternalError) => return Err(Outcome::HostError(self.internal_error())),
             Ok(other) => return Err(Outcome::HostError(format!("CPU {index}: unexpected exit {other:?}"))),
-            Err(error) if matches!(error.errno(), libc::EINTR | libc::EAGAIN) => {}
+            Err(error) if matches!(error.errno(), libc::EINTR | libc::EAGAIN) => {
+                return Ok(Came::ForNothing);
+            }
             Err(error) => return Err(Outcome::HostError(format!("KVM_RUN on CPU {index}: {error}"))),
         }
         self.doorbells.follow();
-        Ok(())
+        Ok(Came::ForUs)
     }
 
     /// What KVM could not do, and where the guest was.
@@ -165,9 +215,63 @@ impl Vcpu {
     }
 }
 
+/// Why a CPU came out of the guest.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Came {
+    /// For an access, which is done.
+    ForUs,
+    /// Because of a signal.
+    ForNothing,
+}
+
+/// What CPUs stop at.
+#[derive(Default)]
+struct Gate {
+    closed: AtomicBool,
+    waiting: Mutex<usize>,
+    changed: Condvar,
+}
+
+impl Gate {
+    fn is_closed(&self) -> bool {
+        self.closed.load(Ordering::Acquire)
+    }
+
+    fn waiting(&self) -> MutexGuard<'_, usize> {
+        self.waiting.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// A CPU's side: wait here while it is closed.
+    fn pass(&self, stop: &Stop) {
+        let mut waiting = self.waiting();
+        *waiting += 1;
+        self.changed.notify_all();
+        while self.is_closed() && stop.outcome().is_none() {
+            waiting = self.changed.wait(waiting).unwrap_or_else(PoisonError::into_inner);
+        }
+        *waiting -= 1;
+    }
+
+    /// Wait for a while until `all` CPUs are here; whether they are.
+    fn await_all(&self, all: usize) -> bool {
+        let waiting = self.waiting();
+        let waited = self.changed.wait_timeout_while(waiting, KICK_INTERVAL, |waiting| *waiting < all);
+        *waited.unwrap_or_else(PoisonError::into_inner).0 >= all
+    }
+
+    fn open(&self) {
+        let _waiting = self.waiting();
+        self.closed.store(false, Ordering::Release);
+        self.changed.notify_all();
+    }
+}
+
 /// All CPUs, running.
 pub struct Vcpus {
     threads: Vec<JoinHandle<()>>,
+    /// A CPU's thread holds it but while it waits at the gate.
+    cpus: Vec<Arc<Mutex<Vcpu>>>,
+    gate: Arc<Gate>,
     stop: Arc<Stop>,
 }
 
@@ -179,12 +283,19 @@ impl Vcpus {
     pub fn start(vcpus: Vec<Vcpu>, bus: &Arc<Bus>, stop: &Arc<Stop>) -> anyhow::Result<Self> {
         register_signal_handler(SIGRTMIN(), ignore_kick)
             .context("no handler for the signal that kicks CPUs")?;
-        let mut running = Self { threads: Vec::new(), stop: stop.clone() };
-        for vcpu in vcpus {
-            let (bus, stop) = (bus.clone(), stop.clone());
-            let builder = std::thread::Builder::new().name(format!("vcpu{}", vcpu.index));
+        let cpus: Vec<_> = vcpus.into_iter().map(|vcpu| Arc::new(Mutex::new(vcpu))).collect();
+        let mut running = Self { threads: Vec::new(), cpus, gate: Arc::default(), stop: stop.clone() };
+        for (index, cpu) in running.cpus.iter().enumerate() {
+            let (cpu, bus, gate, stop) = (cpu.clone(), bus.clone(), running.gate.clone(), stop.clone());
+            let builder = std::thread::Builder::new().name(format!("vcpu{index}"));
             let run = move || match seccomp::enter(Role::Vcpu) {
-                Ok(()) => vcpu.run(&bus, &stop),
+                Ok(()) => {
+                    while stop.outcome().is_none() {
+                        lock(&cpu).run(&bus, &gate, &stop);
+                        gate.pass(&stop);
+                    }
+                    log::info!("CPU {index}: {:?}", lock(&cpu).exits);
+                }
                 Err(error) => stop.request(Outcome::HostError(format!("{error:#}"))),
             };
             let thread = builder.spawn(run).context("no thread for a CPU")?;
@@ -192,12 +303,55 @@ impl Vcpus {
         }
         Ok(running)
     }
+
+    /// Let all CPUs come to a stop between two instructions. They go on after [`resume`](Self::resume).
+    ///
+    /// # Errors
+    /// The run has ended.
+    pub fn pause(&self) -> anyhow::Result<()> {
+        self.gate.closed.store(true, Ordering::Release);
+        while self.stop.outcome().is_none() {
+            for thread in &self.threads {
+                let _ = thread.kill(SIGRTMIN());
+            }
+            if self.gate.await_all(self.threads.len()) {
+                return Ok(());
+            }
+        }
+        bail!("the run has ended")
+    }
+
+    /// Let them go on. A guest with a kvmclock learns that it stood still, lest it take that for a lockup.
+    pub fn resume(&self) {
+        for cpu in &self.cpus {
+            let _has_no_kvmclock = lock(cpu).fd.kvmclock_ctrl();
+        }
+        self.gate.open();
+    }
+
+    /// The states of the CPUs, which have been stopped.
+    ///
+    /// # Errors
+    /// KVM does not tell.
+    pub fn save(&self, msrs: &[u32]) -> anyhow::Result<Vec<CpuState>> {
+        let mut states =
+            self.cpus.iter().map(|cpu| lock(cpu).save(msrs)).collect::<anyhow::Result<Vec<_>>>()?;
+        for (state, cpu) in states.iter_mut().zip(&self.cpus) {
+            state.save_time(&lock(cpu).fd)?;
+        }
+        Ok(states)
+    }
+}
+
+fn lock(cpu: &Mutex<Vcpu>) -> MutexGuard<'_, Vcpu> {
+    cpu.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 impl Drop for Vcpus {
     /// Get every CPU out of the guest and its thread to its end.
     fn drop(&mut self) {
         self.stop.request(Outcome::PowerOff);
+        self.gate.open();
         for thread in self.threads.drain(..) {
             while !thread.is_finished() {
                 let _ = thread.kill(SIGRTMIN());

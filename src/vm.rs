@@ -2,35 +2,40 @@
 
 use std::fs::File;
 use std::io::Write;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::sync::Arc;
 use std::time::Instant;
 
-use anyhow::{Context, ensure};
+use anyhow::{Context, bail, ensure};
 use event_manager::SubscriberOps;
 use kvm_bindings::KVM_MAX_CPUID_ENTRIES;
 use kvm_ioctls::{Kvm, VmFd};
 use mana_device::doors::Clock;
+use mana_device::host::Answer;
 use vm_memory::{GuestMemoryAtomic, GuestMemoryMmap};
 
 use crate::acpi::{self, Platform};
-use crate::boot::{self, BootSource};
+use crate::boot::{self, BootSource, EntryState};
 use crate::bus::Bus;
 use crate::clock::MonotonicClock;
 use crate::config::{Slot, VmConfig};
+use crate::control::desk::{self, Desk};
 use crate::control::{Control, ControlSocket};
 use crate::doorbells::Doorbells;
-use crate::events::{EventLoop, Signals, StopListener, Timeout};
+use crate::events::{EventLoop, Signals, StopListener, Timeout, WishListener};
 use crate::irq::{self, IrqLine, LevelLine, MsiRoutes};
 use crate::legacy::{
-    AcpiPm, AgentPort, Console, ConsoleTimers, I8042, Pvpanic, Rtc, RtcAlarm, SerialInput, SerialPort,
+    AcpiPm, AgentPort, Console, ConsoleTimers, I8042, Legacy, Pvpanic, Rtc, RtcAlarm, SerialInput, SerialPort,
 };
 use crate::net::Exchange;
 use crate::nic::{Nic, Surroundings};
 use crate::pci_host::plan::Wish;
 use crate::pci_host::{PciFunction, PciHost};
 use crate::seccomp::{self, Role};
+use crate::snapshot::chips::ChipsState;
+use crate::snapshot::cpu::msr_list;
+use crate::snapshot::{self, MachineState, Snapshot, Unfinished};
 use crate::stop::{EXEC_FAILED, Outcome, Stop};
 use crate::trace::TraceFile;
 use crate::vcpu::{ExitCounts, Vcpu, Vcpus};
@@ -45,12 +50,19 @@ use crate::{initramfs, layout, memory, topology, virtio};
 pub fn run(config: &VmConfig) -> anyhow::Result<ExitCode> {
     seccomp::set_mode(config.seccomp);
     let outside = Outside::open(config)?;
+    let restored = config.restore.as_deref().map(Snapshot::open).transpose()?;
     loop {
-        let (outcome, exec_status) = Machine::build(config, &outside)?.run()?;
+        let (outcome, exec_status) =
+            Machine::build(config, &outside, restored.as_ref())?.run(config, &outside)?;
         if outcome == Outcome::Reset {
             log::info!("the guest asked for a reset");
+            ensure!(
+                restored.is_none(),
+                "the guest asked for a reset, and a restored machine has no kernel to boot"
+            );
             continue;
         }
+        outside.desk.close();
         return Ok(report(config, &outcome, exec_status));
     }
 }
@@ -88,6 +100,8 @@ struct Outside {
     clock: Arc<dyn Clock>,
     /// The simulated host, for whoever asks it for something.
     control: Arc<Control>,
+    /// What is wished of the machine itself.
+    desk: Arc<Desk>,
     /// `--control`.
     _socket: Option<ControlSocket>,
 }
@@ -101,10 +115,13 @@ impl Outside {
                 .with_context(|| format!("--console {}: the file can't be written", path.display()))
         };
         let control = Arc::new(Control::default());
+        let desk = Arc::new(Desk::new()?);
+        control.set_machine(desk.clone());
         let socket = config.control.as_deref().map(|path| ControlSocket::open(path, &control));
         Ok(Self {
             _socket: socket.transpose()?,
             control,
+            desk,
             deadline: config.timeout.map(|timeout| Instant::now() + timeout),
             console: config.console.as_ref().map(create).transpose()?,
             trace: config.trace.as_deref().map(TraceFile::create).transpose()?,
@@ -129,20 +146,26 @@ struct Machine {
     nics: Vec<Nic>,
     virtio: Vec<virtio::Running>,
     bus: Arc<Bus>,
-    agent: Arc<AgentPort>,
+    pci: Arc<PciHost>,
+    legacy: Legacy,
     console: Arc<Console>,
     stop: Arc<Stop>,
     clock: Arc<dyn Clock>,
-    _vm: Arc<VmFd>,
-    _memory: GuestMemoryMmap,
+    /// MSRs that make up a CPU's state.
+    msrs: Vec<u32>,
+    vm: Arc<VmFd>,
+    memory: GuestMemoryMmap,
 }
 
 impl Machine {
-    /// Power on.
-    fn build(config: &VmConfig, outside: &Outside) -> anyhow::Result<Self> {
+    /// Power on, or take up where `restored` was saved.
+    fn build(config: &VmConfig, outside: &Outside, restored: Option<&Snapshot>) -> anyhow::Result<Self> {
         let kvm = Kvm::new().context("/dev/kvm can't be used")?;
         let vm = Arc::new(kvm.create_vm().context("KVM_CREATE_VM")?);
-        let memory = memory::allocate(config.memory)?;
+        let memory = match restored {
+            Some(snapshot) => snapshot.ram()?,
+            None => memory::allocate(config.memory)?,
+        };
         memory::register(&vm, &memory)?;
         irq::create_irqchip(&vm)?;
 
@@ -151,8 +174,9 @@ impl Machine {
         let mut events = EventLoop::new().context("no event loop")?;
         let console = Console::new(outside.console(config)?, stop.clone())?;
         let agent = Arc::new(AgentPort::default());
-        add_legacy_devices(config, &vm, &mut bus, &mut events, &console, &agent, &stop)?;
+        let legacy = add_legacy_devices(config, &vm, &mut bus, &mut events, &console, &agent, &stop)?;
         add_endings(&mut events, outside, &stop)?;
+        events.add_subscriber(Box::new(WishListener(outside.desk.clone())));
 
         let cables = Exchange::new(outside.clock.clone());
         let doorbells = Doorbells::new(vm.clone());
@@ -181,11 +205,6 @@ impl Machine {
         };
         let virtio = virtio::Running::start_all(config, &around)?;
         let pci = add_pci(config, &mut bus, &nics, &virtio)?;
-        let ram = layout::numa_ram(config.memory, &config.topology);
-        let rsdp = acpi::write(
-            &memory,
-            &Platform { topology: &config.topology, ram: &ram, bridges: &pci.bridges() },
-        )?;
         let exits = ExitCounts::new(config.topology.cpus);
         agent.set_exits(exits.clone());
         let vcpus = create_vcpus(config, &kvm, &vm, &exits, &doorbells)?;
@@ -194,23 +213,125 @@ impl Machine {
         {
             log::info!("every doorbell comes out to us: {error:#}");
         }
-        let initrd = initrd(config)?;
-        let command_line = command_line(config);
-        let source =
-            BootSource { kernel: &config.kernel, initrd: &initrd, command_line: &command_line, rsdp };
-        let entry = boot::load(&memory, &source)?;
-        vcpus.first().context("--cpus: there must be one")?.set_entry(&entry)?;
+        if restored.is_none() {
+            let entry = power_on(config, &memory, &pci)?;
+            vcpus.first().context("--cpus: there must be one")?.set_entry(&entry)?;
+        }
         let (bus, clock) = (Arc::new(bus), outside.clock.clone());
-        Ok(Self { events, vcpus, nics, virtio, bus, agent, console, stop, clock, _vm: vm, _memory: memory })
+        let msrs = msr_list(&kvm)?;
+        let machine =
+            Self { events, vcpus, nics, virtio, bus, pci, legacy, console, stop, clock, msrs, vm, memory };
+        if let Some(snapshot) = restored {
+            machine.take_up(&snapshot.state).context("--restore")?;
+        }
+        Ok(machine)
+    }
+
+    /// Become what `state` says: devices, then CPUs, then chips and clock. RAM is there already.
+    fn take_up(&self, state: &MachineState) -> anyhow::Result<()> {
+        let MachineState { options: _, cpus, chips, legacy, pci, cards } = state;
+        ensure!(cards.len() == self.nics.len(), "the state has {} MANA functions", cards.len());
+        ensure!(cpus.len() == self.vcpus.len(), "the state has {} CPUs", cpus.len());
+        self.nics.iter().for_each(Nic::pause);
+        for (nic, card) in self.nics.iter().zip(cards) {
+            nic.device().load(card)?;
+        }
+        self.pci.load(pci)?;
+        for (vcpu, cpu) in self.vcpus.iter().zip(cpus) {
+            vcpu.restore(cpu, &self.msrs)?;
+        }
+        chips.restore(&self.vm)?;
+        chips.restore_clock(&self.vm)?;
+        let each = || self.vcpus.iter().zip(cpus);
+        each().try_for_each(|(vcpu, cpu)| vcpu.restore_tsc(cpu))?;
+        each().try_for_each(|(vcpu, cpu)| vcpu.restore_deadline(cpu))?;
+        // From here on there are interrupts.
+        self.legacy.load(legacy)?;
+        for nic in &self.nics {
+            nic.device().resume();
+            nic.resume();
+        }
+        Ok(())
+    }
+
+    /// Do what is wished of the machine, which may stand still already.
+    fn grant(&self, wish: &desk::Wish, around: &Saving<'_>, standing: &mut bool) -> anyhow::Result<Answer> {
+        match wish {
+            desk::Wish::Pause if *standing => bail!("the machine stands still already"),
+            desk::Wish::Resume if !*standing => bail!("the machine does not stand still"),
+            desk::Wish::Pause => {
+                self.pause(around.vcpus)?;
+                *standing = true;
+                Ok(Answer::default())
+            }
+            desk::Wish::Resume => {
+                self.resume(around.vcpus);
+                *standing = false;
+                Ok(Answer::default())
+            }
+            desk::Wish::Save(path) => {
+                snapshot::can_be_saved(around.config)?;
+                let begin = Instant::now();
+                if !*standing {
+                    self.pause(around.vcpus)?;
+                }
+                let saved = self.save(path, around);
+                if !*standing {
+                    self.resume(around.vcpus);
+                }
+                let milliseconds = begin.elapsed().as_millis() as u64;
+                Ok(Answer(vec![("bytes", saved?.into()), ("ms", milliseconds.into())]))
+            }
+        }
+    }
+
+    /// All that moves stands still: CPUs first, since they may wait for workers.
+    fn pause(&self, vcpus: &Vcpus) -> anyhow::Result<()> {
+        vcpus.pause()?;
+        self.nics.iter().for_each(Nic::pause);
+        self.virtio.iter().for_each(virtio::Running::pause);
+        Ok(())
+    }
+
+    fn resume(&self, vcpus: &Vcpus) {
+        self.virtio.iter().for_each(virtio::Running::resume);
+        self.nics.iter().for_each(Nic::resume);
+        vcpus.resume();
+    }
+
+    /// Write the machine, which stands still, to a file at `path`; the answer is its size.
+    fn save(&self, path: &Path, around: &Saving<'_>) -> anyhow::Result<u64> {
+        let _nobody_asks = around.control.hold();
+        let state = MachineState {
+            options: snapshot::Options::of(around.config),
+            cpus: around.vcpus.save(&self.msrs)?,
+            chips: ChipsState::save(&self.vm)?,
+            legacy: self.legacy.save(),
+            pci: self.pci.save(),
+            cards: self.nics.iter().map(|nic| nic.device().save()).collect(),
+        };
+        let name = || format!("save {}", path.display());
+        // Never into a file that a machine was restored from: others may use it.
+        let whole = Unfinished::create(path).with_context(name)?;
+        let size = Snapshot::write(whole.file(), &state, &self.memory).with_context(name)?;
+        whole.finish().with_context(name)?;
+        Ok(size)
     }
 
     /// Run until something ends it; the answer is what, and the status of the `--exec` command.
-    fn run(mut self) -> anyhow::Result<(Outcome, Option<i32>)> {
+    fn run(mut self, config: &VmConfig, outside: &Outside) -> anyhow::Result<(Outcome, Option<i32>)> {
         log::info!("{} ms: the CPUs start", self.clock.now_ns() / 1_000_000);
         let vcpus = Vcpus::start(std::mem::take(&mut self.vcpus), &self.bus, &self.stop)?;
         seccomp::enter(Role::Main)?;
+        let mut standing = false;
         let outcome = loop {
             self.events.run().context("event loop")?;
+            while let Some((wish, answer)) = outside.desk.take() {
+                let around = Saving { config, vcpus: &vcpus, control: &outside.control };
+                let granted = self.grant(&wish, &around, &mut standing);
+                // Who has lost patience is gone.
+                let _ = answer.send(granted.map_err(|error| format!("{error:#}")));
+            }
             if let Some(outcome) = self.stop.outcome() {
                 break outcome.clone();
             }
@@ -225,8 +346,26 @@ impl Machine {
             (Outcome::PowerOff | Outcome::Reset, Some(line)) => Outcome::GuestPanic(line),
             (outcome, _) => outcome,
         };
-        Ok((outcome, self.agent.exec_status()))
+        Ok((outcome, self.legacy.agent.exec_status()))
     }
+}
+
+/// What a machine that runs is saved with.
+struct Saving<'a> {
+    config: &'a VmConfig,
+    vcpus: &'a Vcpus,
+    control: &'a Control,
+}
+
+/// Put into memory what firmware and a boot loader would; the answer is how the boot CPU begins.
+fn power_on(config: &VmConfig, memory: &GuestMemoryMmap, pci: &PciHost) -> anyhow::Result<EntryState> {
+    let ram = layout::numa_ram(config.memory, &config.topology);
+    let rsdp =
+        acpi::write(memory, &Platform { topology: &config.topology, ram: &ram, bridges: &pci.bridges() })?;
+    let initrd = initrd(config)?;
+    let command_line = command_line(config);
+    let source = BootSource { kernel: &config.kernel, initrd: &initrd, command_line: &command_line, rsdp };
+    boot::load(memory, &source)
 }
 
 /// The devices at fixed ports.
@@ -238,7 +377,7 @@ fn add_legacy_devices(
     console: &Arc<Console>,
     agent: &Arc<AgentPort>,
     stop: &Arc<Stop>,
-) -> anyhow::Result<()> {
+) -> anyhow::Result<Legacy> {
     let serial = Arc::new(SerialPort::new(IrqLine::new(vm, layout::SERIAL_GSI)?, console.clone())?);
     let sci = LevelLine::new(vm.clone(), layout::SCI_GSI);
     let pm = Arc::new(AcpiPm::new(Box::new(sci), stop.clone()));
@@ -247,15 +386,15 @@ fn add_legacy_devices(
     bus.add_ports(layout::RTC_PORT, 2, rtc.clone())?;
     bus.add_ports(layout::I8042_COMMAND_PORT, 1, Arc::new(I8042::new(stop.clone())))?;
     bus.add_ports(layout::PVPANIC_PORT, 1, Arc::new(Pvpanic::new(stop.clone())))?;
-    bus.add_ports(layout::PM1A_EVENT_PORT, AcpiPm::PORTS, pm)?;
+    bus.add_ports(layout::PM1A_EVENT_PORT, AcpiPm::PORTS, pm.clone())?;
     bus.add_ports(layout::AGENT_PORT, 1, agent.clone())?;
     events.add_subscriber(Box::new(ConsoleTimers::new(console.clone())));
-    events.add_subscriber(Box::new(RtcAlarm::new(rtc)));
+    events.add_subscriber(Box::new(RtcAlarm::new(rtc.clone())));
     // A command needs no typing, and a console in a file shows no prompt.
     if config.exec.is_none() && config.console.is_none() {
-        events.add_subscriber(Box::new(SerialInput::new(serial, stop.clone())?));
+        events.add_subscriber(Box::new(SerialInput::new(serial.clone(), stop.clone())?));
     }
-    Ok(())
+    Ok(Legacy { serial, rtc, pm, agent: agent.clone() })
 }
 
 /// What may end the run from outside the guest.
@@ -368,7 +507,7 @@ mod tests {
         }
     }
 
-    fn config(trace: &std::path::Path) -> VmConfig {
+    fn config(trace: &Path) -> VmConfig {
         VmConfig {
             kernel: PathBuf::new(),
             initrd: None,
@@ -385,6 +524,7 @@ mod tests {
             disks: Vec::new(),
             trace: Some(trace.to_owned()),
             control: None,
+            restore: None,
             console: None,
             timeout: None,
             seccomp: seccomp::Mode::Off,

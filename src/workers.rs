@@ -16,7 +16,7 @@
 
 use std::cell::Cell;
 use std::collections::VecDeque;
-use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
@@ -114,6 +114,10 @@ struct Post {
     tasks: VecDeque<Task>,
     asleep: bool,
     stop: bool,
+    /// The worker is to do nothing.
+    hold: bool,
+    /// It does nothing.
+    held: bool,
 }
 
 /// Where a worker is told of work.
@@ -121,12 +125,14 @@ struct Mailbox {
     post: Mutex<Post>,
     /// Written only when the worker sleeps or is about to.
     bell: EventFd,
+    /// `hold`, `held` or `stop` have changed.
+    changed: Condvar,
 }
 
 impl Mailbox {
     fn new() -> anyhow::Result<Self> {
         let bell = EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC).context("no eventfd for a device worker")?;
-        Ok(Self { post: Mutex::default(), bell })
+        Ok(Self { post: Mutex::default(), bell, changed: Condvar::new() })
     }
 
     fn post(&self) -> MutexGuard<'_, Post> {
@@ -143,6 +149,27 @@ impl Mailbox {
             // It can fail only because 2^64 - 2 wakes are pending.
             let _ = self.bell.write(1);
         }
+    }
+
+    /// Let the worker finish its turn and do nothing more, or go on. It does so when this returns.
+    fn hold(&self, hold: bool) {
+        self.change(|post| post.hold = hold);
+        self.changed.notify_all();
+        let mut post = self.post();
+        while hold && !post.held && !post.stop {
+            post = self.changed.wait(post).unwrap_or_else(PoisonError::into_inner);
+        }
+    }
+
+    /// The worker's side: wait for as long as it is held.
+    fn wait_while_held<'a>(&'a self, mut post: MutexGuard<'a, Post>) -> MutexGuard<'a, Post> {
+        while post.hold && !post.stop {
+            post.held = true;
+            self.changed.notify_all();
+            post = self.changed.wait(post).unwrap_or_else(PoisonError::into_inner);
+        }
+        post.held = false;
+        post
     }
 
     fn put(&self, task: Task) {
@@ -294,6 +321,16 @@ pub struct Workers {
 }
 
 impl Workers {
+    /// Let all workers do nothing until [`resume`](Self::resume); each finishes its current turn first.
+    pub fn pause(&self) {
+        self.mailboxes.boxes.iter().for_each(|mailbox| mailbox.hold(true));
+    }
+
+    /// Let them go on with what has come in meanwhile.
+    pub fn resume(&self) {
+        self.mailboxes.boxes.iter().for_each(|mailbox| mailbox.hold(false));
+    }
+
     /// Stop all workers and wait for them; each finishes its current turn.
     ///
     /// # Errors
@@ -305,6 +342,7 @@ impl Workers {
     fn join(&mut self) -> anyhow::Result<()> {
         for mailbox in &self.mailboxes.boxes {
             mailbox.change(|post| post.stop = true);
+            mailbox.changed.notify_all();
         }
         let mut result = Ok(());
         if self.threads.is_empty() {
@@ -457,14 +495,24 @@ impl<F: Function> Worker<F> {
         })
     }
 
-    fn run(mut self) -> anyhow::Result<()> {
+    fn run(self) -> anyhow::Result<()> {
         AT_WORK_FOR.set(Arc::as_ptr(&self.mailboxes));
+        let mailboxes = Arc::clone(&self.mailboxes);
+        let mailbox = &mailboxes.boxes[self.index];
+        let result = self.serve(mailbox);
+        // Nobody waits for it any more.
+        mailbox.post().stop = true;
+        mailbox.changed.notify_all();
+        result
+    }
+
+    fn serve(mut self, mailbox: &Mailbox) -> anyhow::Result<()> {
         let mut turns = VecDeque::new();
         let mut busy = false;
         loop {
             self.take_doorbells();
             {
-                let mut post = self.mailboxes.boxes[self.index].post();
+                let mut post = mailbox.wait_while_held(mailbox.post());
                 if post.stop {
                     return Ok(());
                 }

@@ -15,7 +15,7 @@ const DEVICE: &str = "--device";
 /// Linux names as many with one letter, and nested runs pass them on by these names.
 const MAX_DISKS: usize = 16;
 /// More would need APIC ids above 254, hence x2APIC and interrupt remapping.
-const MAX_CPUS: u64 = 254;
+pub const MAX_CPUS: u64 = 254;
 /// Guest RAM is dealt out to nodes in pieces of this size.
 const MEMORY_GRANULE: u64 = 2 << 20;
 /// A Debian kernel with a small initramfs boots in this much.
@@ -65,6 +65,12 @@ pub(super) fn memory(text: &str, topology: &Topology) -> Result<u64, OptionError
         return Err(OptionError::new("--memory", reason));
     }
     Ok(bytes)
+}
+
+/// Whether `bytes` are the size of a machine's RAM.
+pub fn is_memory(bytes: u64, topology: &Topology) -> bool {
+    let granule = MEMORY_GRANULE * u64::from(topology.nodes);
+    (MIN_MEMORY..=MAX_MEMORY).contains(&bytes) && bytes.is_multiple_of(granule)
 }
 
 /// The bytes that a size of memory stands for.

@@ -3,6 +3,7 @@
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
+use serde::{Deserialize, Serialize};
 use vm_device::DevicePio;
 use vm_device::bus::{PioAddress, PioAddressOffset};
 
@@ -32,8 +33,9 @@ pub struct AcpiPm {
     stop: Arc<Stop>,
 }
 
-#[derive(Default)]
-struct Events {
+/// The event block's registers.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Events {
     status: u16,
     enable: u16,
 }
@@ -50,6 +52,16 @@ impl AcpiPm {
     /// The RTC's alarm has come, which can wake a guest from suspend-to-idle.
     pub fn rtc_alarm(&self) {
         self.change(|events| events.status |= RTC_EVENT);
+    }
+
+    /// What is kept.
+    pub fn save(&self) -> Events {
+        *self.events()
+    }
+
+    /// Become what `saved` says; the SCI follows.
+    pub fn load(&self, saved: Events) {
+        self.change(|events| *events = Events { status: saved.status & RTC_EVENT, ..saved });
     }
 
     fn events(&self) -> MutexGuard<'_, Events> {

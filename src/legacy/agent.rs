@@ -11,6 +11,7 @@ use std::collections::VecDeque;
 use std::io::Write;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
+use serde::{Deserialize, Serialize};
 use vm_device::DevicePio;
 use vm_device::bus::{PioAddress, PioAddressOffset};
 
@@ -20,6 +21,8 @@ use crate::vcpu::ExitCounts;
 use crate::warn_limited;
 
 const HEADER: usize = 3;
+/// Longer than any answer of the simulated host.
+const MAX_ANSWER: usize = 1 << 20;
 /// Exits of all machines of this host, since KVM was loaded.
 const KVM_EXITS: &str = "/sys/kernel/debug/kvm/exits";
 
@@ -27,6 +30,14 @@ const KVM_EXITS: &str = "/sys/kernel/debug/kvm/exits";
 #[derive(Default)]
 pub struct AgentPort {
     state: Mutex<State>,
+}
+
+/// What is kept of it.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct AgentState {
+    frame: Vec<u8>,
+    exec_status: Option<i32>,
+    answer: Vec<u8>,
 }
 
 #[derive(Default)]
@@ -53,6 +64,31 @@ impl AgentPort {
     /// Answer requests to the simulated host with `control`.
     pub fn set_control(&self, control: Arc<Control>) {
         self.state().control = Some(control);
+    }
+
+    /// What is kept: a frame that is half sent, and an answer that is half read.
+    pub fn save(&self) -> AgentState {
+        let State { frame, exec_status, answer, exits: _, control: _ } = &*self.state();
+        AgentState {
+            frame: frame.clone(),
+            exec_status: *exec_status,
+            answer: answer.iter().copied().collect(),
+        }
+    }
+
+    /// Become what `saved` says.
+    ///
+    /// # Errors
+    /// The frame is one that would have been taken long ago.
+    pub fn load(&self, saved: &AgentState) -> anyhow::Result<()> {
+        let AgentState { frame, exec_status, answer } = saved;
+        let whole = header(frame).is_some_and(|(_, length)| frame.len() >= HEADER + usize::from(length));
+        anyhow::ensure!(!whole, "a whole frame waits at the agent's port");
+        anyhow::ensure!(answer.len() <= MAX_ANSWER, "an answer of {} bytes for the agent", answer.len());
+        let mut state = self.state();
+        (state.frame, state.exec_status) = (frame.clone(), *exec_status);
+        state.answer = answer.iter().copied().collect();
+        Ok(())
     }
 
     /// The `--exec` command's exit status, once it has ended.

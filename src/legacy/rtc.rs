@@ -7,6 +7,7 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use anyhow::Context;
 use event_manager::{EventOps, Events, MutEventSubscriber};
+use serde::{Deserialize, Serialize};
 use vm_device::DevicePio;
 use vm_device::bus::{PioAddress, PioAddressOffset};
 use vm_superio::Trigger;
@@ -43,6 +44,8 @@ const C_IRQ: u8 = 1 << 7;
 const D_VALID: u8 = 1 << 7;
 /// An alarm register from here on matches any value.
 const DONT_CARE: u8 = 0xc0;
+/// The index port's other bit masks NMIs.
+const INDEX: u8 = 0x7f;
 const SECONDS_PER_DAY: u64 = 24 * 60 * 60;
 
 /// Index and data port.
@@ -50,6 +53,15 @@ pub struct Rtc {
     state: Mutex<State>,
     line: IrqLine,
     pm: Arc<AcpiPm>,
+}
+
+/// What is kept: the time is the host's.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct RtcState {
+    index: u8,
+    alarm: [u8; 3],
+    alarm_enabled: bool,
+    flags: u8,
 }
 
 struct State {
@@ -70,6 +82,26 @@ impl Rtc {
         let timer = TimerFd::new().context("no timer descriptor")?;
         let state = State { index: 0, alarm: [0; 3], alarm_enabled: false, flags: 0, timer };
         Ok(Self { state: Mutex::new(state), line, pm })
+    }
+
+    /// What is kept.
+    pub fn save(&self) -> RtcState {
+        let State { index, alarm, alarm_enabled, flags, timer: _ } = &*self.state();
+        RtcState { index: *index, alarm: *alarm, alarm_enabled: *alarm_enabled, flags: *flags }
+    }
+
+    /// Become what `saved` says. An interrupt that may have been on its way comes once more.
+    pub fn load(&self, saved: &RtcState) {
+        let mut state = self.state();
+        let RtcState { index, alarm, alarm_enabled, flags } = *saved;
+        (state.index, state.alarm, state.alarm_enabled) = (index & INDEX, alarm, alarm_enabled);
+        state.flags = flags & (C_ALARM | C_IRQ);
+        state.arm();
+        if state.flags & C_IRQ != 0
+            && let Err(error) = self.line.trigger()
+        {
+            crate::warn_limited!("RTC interrupt: {error}");
+        }
     }
 
     fn state(&self) -> MutexGuard<'_, State> {
@@ -211,8 +243,7 @@ impl DevicePio for Rtc {
         let mut state = self.state();
         for byte in data {
             match offset {
-                // The top bit masks NMIs.
-                0 => state.index = byte & 0x7f,
+                0 => state.index = byte & INDEX,
                 _ => state.write(*byte),
             }
         }

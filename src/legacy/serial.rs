@@ -6,12 +6,13 @@ use std::io::{IsTerminal, Read, Write};
 use std::os::fd::AsFd;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use anyhow::Context;
+use anyhow::{Context, anyhow};
 use event_manager::{EventOps, Events, MutEventSubscriber};
+use serde::{Deserialize, Serialize};
 use vm_device::DevicePio;
 use vm_device::bus::{PioAddress, PioAddressOffset};
 use vm_superio::Serial;
-use vm_superio::serial::SerialEvents;
+use vm_superio::serial::{SerialEvents, SerialState};
 use vmm_sys_util::epoll::EventSet;
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 use vmm_sys_util::terminal::Terminal;
@@ -27,6 +28,16 @@ type Uart = Serial<IrqLine, RoomInFifo, ConsoleWriter>;
 pub struct SerialPort {
     uart: Mutex<Uart>,
     room: EventFd,
+    line: IrqLine,
+    console: Arc<Console>,
+}
+
+/// The UART's registers and its FIFO.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct UartState {
+    /// Divisor latch, interrupt enable and identification, line control and status, modem control and status, scratch.
+    registers: [u8; 9],
+    received: Vec<u8>,
 }
 
 impl SerialPort {
@@ -36,13 +47,79 @@ impl SerialPort {
     /// The host has no event descriptor left.
     pub fn new(line: IrqLine, console: Arc<Console>) -> anyhow::Result<Self> {
         let room = EventFd::new(EFD_NONBLOCK).context("no event descriptor")?;
-        let events = RoomInFifo(room.try_clone().context("no event descriptor")?);
-        Ok(Self { uart: Mutex::new(Serial::with_events(line, events, ConsoleWriter(console))), room })
+        let uart = uart(&SerialState::default(), &line, &room, &console)?;
+        Ok(Self { uart: Mutex::new(uart), room, line, console })
+    }
+
+    /// What is kept.
+    pub fn save(&self) -> UartState {
+        let SerialState {
+            baud_divisor_low,
+            baud_divisor_high,
+            interrupt_enable,
+            interrupt_identification,
+            line_control,
+            line_status,
+            modem_control,
+            modem_status,
+            scratch,
+            in_buffer,
+        } = self.uart().state();
+        let registers = [
+            baud_divisor_low,
+            baud_divisor_high,
+            interrupt_enable,
+            interrupt_identification,
+            line_control,
+            line_status,
+            modem_control,
+            modem_status,
+            scratch,
+        ];
+        UartState { registers, received: in_buffer }
+    }
+
+    /// Become what `state` says.
+    ///
+    /// # Errors
+    /// The FIFO is longer than there is one.
+    pub fn load(&self, state: &UartState) -> anyhow::Result<()> {
+        let [
+            baud_divisor_low,
+            baud_divisor_high,
+            interrupt_enable,
+            interrupt_identification,
+            line_control,
+            line_status,
+            modem_control,
+            modem_status,
+            scratch,
+        ] = state.registers;
+        let state = SerialState {
+            baud_divisor_low,
+            baud_divisor_high,
+            interrupt_enable,
+            interrupt_identification,
+            line_control,
+            line_status,
+            modem_control,
+            modem_status,
+            scratch,
+            in_buffer: state.received.clone(),
+        };
+        *self.uart() = uart(&state, &self.line, &self.room, &self.console)?;
+        Ok(())
     }
 
     fn uart(&self) -> MutexGuard<'_, Uart> {
         self.uart.lock().unwrap_or_else(PoisonError::into_inner)
     }
+}
+
+fn uart(state: &SerialState, line: &IrqLine, room: &EventFd, console: &Arc<Console>) -> anyhow::Result<Uart> {
+    let events = RoomInFifo(room.try_clone().context("no event descriptor")?);
+    let uart = Serial::from_state(state, line.try_clone()?, events, ConsoleWriter(console.clone()));
+    uart.map_err(|error| anyhow!("serial port: {error}"))
 }
 
 impl DevicePio for SerialPort {

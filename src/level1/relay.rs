@@ -1,6 +1,7 @@
 //! Requests from level 0 for the simulated host of the running job.
 
-use std::io::{self, BufRead, BufReader, Write};
+use std::fs::File;
+use std::io::{self, BufRead, BufReader, Read, Write};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -25,6 +26,34 @@ pub(super) fn pass_on(number: u32, request: Vec<u8>, socket: Option<PathBuf>, li
     });
 }
 
+/// Sends the file at `path`, but for what is zero, and removes it.
+pub(super) fn send_file(number: u32, path: PathBuf, link: &Link) {
+    let link = Arc::clone(link);
+    thread::spawn(move || {
+        let sent = send_filled(number, &path, &link);
+        let _ = std::fs::remove_file(&path);
+        sent
+    });
+}
+
+fn send_filled(number: u32, path: &Path, link: &Link) -> io::Result<()> {
+    /// What fits into a frame with its offset, in whole pages.
+    const PART: usize = MAX_PAYLOAD - 4096;
+    let mut file = File::open(path)?;
+    let (mut part, mut offset) = (vec![0; PART], 0);
+    loop {
+        let count = file.read(&mut part)?;
+        let bytes = part[..count].to_vec();
+        if count == 0 || bytes.iter().any(|&byte| byte != 0) {
+            send(link, &Report::FilePart { number, offset, bytes })?;
+        }
+        if count == 0 {
+            return Ok(());
+        }
+        offset += count as u64;
+    }
+}
+
 fn ask(socket: &Path, request: &[u8]) -> io::Result<Vec<u8>> {
     let deadline = Instant::now() + PATIENCE;
     let mut stream = loop {
@@ -45,7 +74,6 @@ fn ask(socket: &Path, request: &[u8]) -> io::Result<Vec<u8>> {
 
 #[cfg(test)]
 mod tests {
-    use std::fs::File;
     use std::os::unix::net::UnixListener;
     use std::sync::Mutex;
 

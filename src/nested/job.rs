@@ -22,7 +22,7 @@ use crate::initramfs::modules::Module;
 /// Folder of level 1 that holds the files of level 0.
 pub const INPUTS: &str = "/level0";
 /// Folder of level 1 that holds the FIFOs.
-const OUTPUTS: &str = "/out";
+pub const OUTPUTS: &str = "/out";
 /// The list of modules and jobs: [`Orders`] as JSON.
 pub const ORDERS: &str = "/etc/mana-level1.json";
 
@@ -100,6 +100,8 @@ impl Parcel {
         config.netdevs.iter().try_for_each(can_be_had)?;
         let mut parcel = Self::probe();
         match &config.initrd {
+            // A saved machine has all that in its memory.
+            _ if config.restore.is_some() => {}
             Some(initrd) => config.initrd = Some(parcel.take(initrd)?),
             None => {
                 let path = format!("/made/{index}/initramfs");
@@ -107,7 +109,14 @@ impl Parcel {
                 config.initrd = Some(path.into());
             }
         }
-        config.kernel = parcel.take(&config.kernel)?;
+        match &mut config.restore {
+            Some(file) => {
+                // As a disk, of which level 1 reads what its guest uses.
+                let file = std::mem::replace(file, format!("/dev/vd{}", letter(config.disks.len())).into());
+                parcel.disks.push(DiskConfig { path: file, read_only: true });
+            }
+            None => config.kernel = parcel.take(&config.kernel)?,
+        }
         (config.modules, config.driver) = (None, None);
         config.accel = Accel::Kvm;
         let folder = Path::new(OUTPUTS).join(index.to_string());
@@ -129,9 +138,9 @@ impl Parcel {
             parcel.control = config.control.replace(folder.join("control"));
             parcel.job.control.clone_from(&config.control);
         }
-        for (letter, disk) in ('a'..).zip(&mut config.disks) {
-            parcel.disks.push(disk.clone());
-            disk.path = format!("/dev/vd{letter}").into();
+        for (index, disk) in config.disks.iter_mut().enumerate() {
+            parcel.disks.insert(index, disk.clone());
+            disk.path = format!("/dev/vd{}", letter(index)).into();
         }
         parcel.job.task = Task::Boot(Box::new(config));
         parcel.job.terminal = terminal;
@@ -173,6 +182,11 @@ impl Parcel {
         }
         Ok(())
     }
+}
+
+/// By which level 1 calls the disk with number `index`.
+fn letter(index: usize) -> char {
+    ('a'..='z').nth(index).unwrap_or('z')
 }
 
 /// Level 1 has none of this machine's interfaces and sockets.

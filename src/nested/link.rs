@@ -2,7 +2,10 @@
 //!
 //! A frame is a kind (u8), an argument (u32), a length (u32) and so many bytes; numbers are little-endian.
 
+use std::ffi::OsString;
 use std::io::{self, Read, Write};
+use std::os::unix::ffi::{OsStrExt, OsStringExt};
+use std::path::PathBuf;
 
 /// Longest payload; longer data goes in several frames.
 pub const MAX_PAYLOAD: usize = 64 << 10;
@@ -18,6 +21,8 @@ pub enum Order {
     InputEnd,
     /// A request for the running job's simulated host, which has this number.
     Control(u32, Vec<u8>),
+    /// Send the file that the request with this number has made, and remove it.
+    Fetch(u32, PathBuf),
     /// All is done.
     PowerOff,
 }
@@ -40,6 +45,15 @@ pub enum Report {
     Failed(String),
     /// Part of the answer to the request with this number; the last one is empty.
     Answer(u32, Vec<u8>),
+    /// Part of the file of the request with this number; what lies between parts is zero.
+    FilePart {
+        /// The request's number.
+        number: u32,
+        /// Where in the file the bytes are; a part without bytes is the last one, and this the file's size.
+        offset: u64,
+        /// What is there.
+        bytes: Vec<u8>,
+    },
 }
 
 /// Stream of a job's standard output.
@@ -57,6 +71,7 @@ impl Order {
             Self::Input(bytes) => write_frame(link, b'I', 0, bytes),
             Self::InputEnd => write_frame(link, b'Z', 0, &[]),
             Self::Control(number, request) => write_frame(link, b'C', *number, request),
+            Self::Fetch(number, path) => write_frame(link, b'F', *number, path.as_os_str().as_bytes()),
             Self::PowerOff => write_frame(link, b'P', 0, &[]),
         }
     }
@@ -68,6 +83,7 @@ impl Order {
             (b'I', _, bytes) => Ok(Self::Input(bytes)),
             (b'Z', ..) => Ok(Self::InputEnd),
             (b'C', number, request) => Ok(Self::Control(number, request)),
+            (b'F', number, path) => Ok(Self::Fetch(number, OsString::from_vec(path).into())),
             (b'P', ..) => Ok(Self::PowerOff),
             (kind, ..) => Err(unknown(kind)),
         }
@@ -83,6 +99,9 @@ impl Report {
             Self::Ended(code) => write_frame(link, b'e', u32::from(*code), &[]),
             Self::Failed(reason) => write_frame(link, b'f', 0, reason.as_bytes()),
             Self::Answer(number, part) => write_frame(link, b'a', *number, part),
+            Self::FilePart { number, offset, bytes } => {
+                write_frame(link, b'p', *number, &[&offset.to_le_bytes()[..], bytes].concat())
+            }
         }
     }
 
@@ -92,6 +111,11 @@ impl Report {
             (b'r', ..) => Ok(Self::Ready),
             (b'o', stream, bytes) => Ok(Self::Output { stream, bytes }),
             (b'a', number, part) => Ok(Self::Answer(number, part)),
+            (b'p', number, payload) => {
+                let (offset, bytes) = payload.split_first_chunk().ok_or(io::ErrorKind::InvalidData)?;
+                let offset = u64::from_le_bytes(*offset);
+                Ok(Self::FilePart { number, offset, bytes: bytes.to_vec() })
+            }
             (b'e', code, _) => Ok(Self::Ended(code.to_le_bytes()[0])),
             (b'f', _, reason) => Ok(Self::Failed(String::from_utf8_lossy(&reason).into_owned())),
             (kind, ..) => Err(unknown(kind)),
@@ -142,6 +166,7 @@ mod tests {
             Order::Input(vec![1, 0x78]),
             Order::InputEnd,
             Order::Control(3, vec![9]),
+            Order::Fetch(4, "/out/0/saved".into()),
             Order::PowerOff,
         ];
         let mut wire = Vec::new();
@@ -156,6 +181,8 @@ mod tests {
             Report::Ended(5),
             Report::Failed("no".into()),
             Report::Answer(3, vec![7]),
+            Report::FilePart { number: 4, offset: 1 << 40, bytes: vec![8; 3] },
+            Report::FilePart { number: 4, offset: 1 << 41, bytes: Vec::new() },
         ];
         let mut wire = Vec::new();
         reports.iter().for_each(|report| report.write(&mut wire).unwrap());

@@ -57,6 +57,23 @@ impl ConfigSpace {
         u32::from(self.u16(register)) | u32::from(self.u16(register + 2)) << 16
     }
 
+    /// What is kept.
+    pub fn save(&self) -> Vec<u8> {
+        self.values.to_vec()
+    }
+
+    /// Become what was saved, as far as the guest may write it.
+    ///
+    /// # Errors
+    /// It is of another function.
+    pub fn load(&mut self, saved: &[u8]) -> anyhow::Result<()> {
+        let mut loaded = self.clone();
+        loaded.write(0, saved);
+        anyhow::ensure!(loaded.values == *saved, "a configuration space that no guest can have written");
+        *self = loaded;
+        Ok(())
+    }
+
     /// A guest's read of any length.
     pub fn read(&self, register: u16, data: &mut [u8]) {
         let values = self.values.iter().skip(register.into()).copied().chain(std::iter::repeat(0));

@@ -109,6 +109,19 @@ impl RootPort {
         mappings
     }
 
+    /// What is kept: the function behind it has its own.
+    pub fn save(&self) -> Vec<u8> {
+        self.config().save()
+    }
+
+    /// Become what was saved.
+    ///
+    /// # Errors
+    /// It is of another port.
+    pub fn load(&self, saved: &[u8]) -> anyhow::Result<()> {
+        self.config().load(saved)
+    }
+
     fn config(&self) -> MutexGuard<'_, ConfigSpace> {
         self.config.lock().unwrap_or_else(PoisonError::into_inner)
     }

@@ -124,6 +124,10 @@ const MAIN: &[libc::c_long] = with_descriptors![
     SYS_pwritev,
     SYS_readlink,
     SYS_readlinkat,
+    // A saved machine takes its name when it is whole.
+    SYS_rename,
+    SYS_renameat,
+    SYS_renameat2,
     SYS_rseq,
     SYS_seccomp,
     SYS_set_robust_list,

@@ -140,6 +140,16 @@ impl Running {
         self.function.clone()
     }
 
+    /// The workers do nothing until [`resume`](Self::resume).
+    pub fn pause(&self) {
+        self.workers.pause();
+    }
+
+    /// They go on.
+    pub fn resume(&self) {
+        self.workers.resume();
+    }
+
     /// Stop the workers.
     ///
     /// # Errors
