@@ -183,7 +183,8 @@ fn write_ram(file: &File, at: u64, ram: &VolatileSlice<'_>) -> anyhow::Result<()
 
 /// Write the pages of `chunk` that hold anything, neighbours together.
 fn write_filled(file: &File, at: u64, chunk: &[u8]) -> io::Result<()> {
-    let is_empty = |page: &[u8]| page.iter().all(|&byte| byte == 0);
+    const EMPTY: [u8; PAGE as usize] = [0; PAGE as usize];
+    let is_empty = |page: &[u8]| EMPTY.starts_with(page);
     let mut from = 0;
     for run in chunk.chunks(PAGE as usize).collect::<Vec<_>>().chunk_by(|a, b| is_empty(a) == is_empty(b)) {
         let length: usize = run.iter().map(|page| page.len()).sum();

@@ -40,11 +40,12 @@ fn send_filled(number: u32, path: &Path, link: &Link) -> io::Result<()> {
     /// What fits into a frame with its offset, in whole pages.
     const PART: usize = MAX_PAYLOAD - 4096;
     let mut file = File::open(path)?;
-    let (mut part, mut offset) = (vec![0; PART], 0);
+    let empty = vec![0; PART];
+    let (mut part, mut offset) = (empty.clone(), 0);
     loop {
         let count = file.read(&mut part)?;
         let bytes = part[..count].to_vec();
-        if count == 0 || bytes.iter().any(|&byte| byte != 0) {
+        if count == 0 || !empty.starts_with(&bytes) {
             send(link, &Report::FilePart { number, offset, bytes })?;
         }
         if count == 0 {
