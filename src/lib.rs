@@ -10,7 +10,6 @@ pub mod clock;
 pub mod config;
 pub mod control;
 pub mod cpio;
-pub mod doorbells;
 pub mod events;
 pub mod initramfs;
 pub mod irq;

@@ -8,7 +8,6 @@ use mana_device::observe::{Event, Observer};
 use mana_device::{Host, ManaDevice};
 
 use crate::config::{ManaNic, Netdev};
-use crate::doorbells::Doorbells;
 use crate::net::{Cable, Exchange};
 use crate::stop::{Outcome, Stop};
 use crate::trace::TraceFile;
@@ -33,8 +32,6 @@ pub struct Surroundings<'a> {
     pub trace: Option<&'a TraceFile>,
     /// Told when a driver breaks a rule under `strict=on`.
     pub stop: &'a Arc<Stop>,
-    /// Where doorbells may wait, if they come from CPUs of ours.
-    pub doorbells: Option<&'a Arc<Doorbells>>,
 }
 
 /// A running function.
@@ -59,7 +56,6 @@ impl Nic {
     ) -> anyhow::Result<Self> {
         let cables = open_cables(nic, around)?;
         let mailboxes = Mailboxes::new(worker_count(nic, around.cpus))?;
-        around.doorbells.into_iter().for_each(|doorbells| mailboxes.keep_doorbells(doorbells));
         let observer = observer(nic, index, around);
         let host = Host {
             memory,

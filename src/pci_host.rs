@@ -17,7 +17,7 @@ pub mod plan;
 mod root_port;
 
 use std::ops::Range;
-use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use arc_swap::ArcSwap;
@@ -168,9 +168,6 @@ pub struct PciHost {
     bars: ArcSwap<BarMap>,
     /// Held while `bars` is made anew, so that the newest state is stored last.
     remap: Mutex<()>,
-    /// Counts the memory maps, and the one that whoever keeps doorbells knows.
-    generation: AtomicU64,
-    settled: AtomicU64,
 }
 
 impl PciHost {
@@ -202,11 +199,8 @@ impl PciHost {
             config_address: AtomicU32::new(0),
             bars: ArcSwap::default(),
             remap: Mutex::default(),
-            generation: AtomicU64::new(0),
-            settled: AtomicU64::new(0),
         };
         host.remap();
-        host.settle(host.generation());
         Ok(host)
     }
 
@@ -282,35 +276,6 @@ impl PciHost {
         let _newest_last = self.remap.lock().unwrap_or_else(PoisonError::into_inner);
         let mappings = self.bridges.iter().flat_map(Bridge::mappings).collect();
         self.bars.store(Arc::new(BarMap::new(mappings)));
-        self.generation.fetch_add(1, Ordering::SeqCst);
-    }
-
-    /// Number of the memory map.
-    pub fn generation(&self) -> u64 {
-        self.generation.load(Ordering::SeqCst)
-    }
-
-    /// The memory map is another than [`settle`](Self::settle) was told of.
-    #[inline]
-    pub fn has_moved(&self) -> bool {
-        self.generation.load(Ordering::Relaxed) != self.settled.load(Ordering::Relaxed)
-    }
-
-    /// Whoever keeps doorbells has seen the memory map `generation`.
-    pub fn settle(&self, generation: u64) {
-        self.settled.store(generation, Ordering::Relaxed);
-    }
-
-    /// If `address` is a doorbell that can be kept for a while: addresses of its page's doorbells, those of send queues
-    /// and all others.
-    pub fn doorbell_page(&self, address: u64) -> Option<(Range<u64>, Range<u64>)> {
-        let bars = self.bars.load();
-        let (mapping, offset) = bars.find(address, size_of::<u64>())?;
-        let page = mapping.function.doorbell_page(mapping.bar, offset)?;
-        let (start, len) = (mapping.range.start, page.others.end - page.send.start);
-        bars.find(start + page.send.start, len as usize)?;
-        let at = |offsets: Range<u64>| start + offsets.start..start + offsets.end;
-        Some((at(page.send), at(page.others)))
     }
 
     fn window_read(&self, address: u64, data: &mut [u8]) {
@@ -329,8 +294,7 @@ impl PciHost {
         }
     }
 
-    /// A store to a BAR.
-    pub fn window_write(&self, address: u64, data: &[u8]) {
+    fn window_write(&self, address: u64, data: &[u8]) {
         let bars = self.bars.load();
         match bars.find(address, data.len()) {
             Some((mapping, offset)) => {

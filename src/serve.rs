@@ -50,7 +50,6 @@ pub fn run(config: &ServeConfig) -> anyhow::Result<ExitCode> {
         clock: &clock,
         trace: trace.as_ref(),
         stop: &stop,
-        doorbells: None,
     };
     let (mut nics, mut servers) = (Vec::new(), Vec::new());
     let awaited = Arc::new(AtomicUsize::new(config.nics.len()));

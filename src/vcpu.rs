@@ -12,7 +12,6 @@ use vmm_sys_util::signal::{Killable, SIGRTMIN, register_signal_handler};
 
 use crate::boot::{self, EntryState};
 use crate::bus::Bus;
-use crate::doorbells::Doorbells;
 use crate::seccomp::{self, Role};
 use crate::snapshot::cpu::CpuState;
 use crate::stop::{Outcome, Stop};
@@ -48,7 +47,6 @@ pub struct Vcpu {
     fd: VcpuFd,
     exits: Exits,
     counts: Arc<ExitCounts>,
-    doorbells: Arc<Doorbells>,
 }
 
 /// How often a CPU came out of the guest, and what for: each time costs as much as thousands of its instructions.
@@ -75,8 +73,7 @@ impl Exits {
 }
 
 impl Vcpu {
-    /// CPU number `index`, which the guest identifies by `cpuid`, and whose exits `counts` counts. Doorbells come in
-    /// order with those that `doorbells` keeps.
+    /// CPU number `index`, which the guest identifies by `cpuid`, and whose exits `counts` counts.
     ///
     /// # Errors
     /// KVM refuses the CPU, e.g. because there are too many.
@@ -86,19 +83,12 @@ impl Vcpu {
         apic_id: u32,
         cpuid: &CpuId,
         counts: &Arc<ExitCounts>,
-        doorbells: &Arc<Doorbells>,
     ) -> anyhow::Result<Self> {
         let fd =
             vm.create_vcpu(u64::from(apic_id)).with_context(|| format!("KVM_CREATE_VCPU for CPU {index}"))?;
         fd.set_cpuid2(cpuid).with_context(|| format!("KVM_SET_CPUID2 for CPU {index}"))?;
         boot::set_msrs(&fd)?;
-        let (counts, doorbells) = (counts.clone(), doorbells.clone());
-        Ok(Self { index, fd, exits: Exits::default(), counts, doorbells })
-    }
-
-    /// What KVM knows the CPU by.
-    pub fn fd(&self) -> &VcpuFd {
-        &self.fd
+        Ok(Self { index, fd, exits: Exits::default(), counts: counts.clone() })
     }
 
     /// Let this CPU begin at the kernel's entry point. The others wait for its INIT and SIPI.
@@ -174,14 +164,9 @@ impl Vcpu {
         let exit = self.fd.run();
         self.exits.count(&exit);
         self.counts.bump(index);
-        // What was rung before comes first.
-        self.doorbells.hand_over();
         match exit {
             Ok(VcpuExit::MmioRead(address, data)) => bus.mmio_read(address, data),
-            Ok(VcpuExit::MmioWrite(address, data)) => {
-                bus.mmio_write(address, data);
-                self.doorbells.stored(address);
-            }
+            Ok(VcpuExit::MmioWrite(address, data)) => bus.mmio_write(address, data),
             Ok(VcpuExit::IoIn(port, data)) => bus.port_read(port, data),
             Ok(VcpuExit::IoOut(port, data)) => bus.port_write(port, data),
             Ok(VcpuExit::Intr) => return Ok(Came::ForNothing),
@@ -202,7 +187,6 @@ impl Vcpu {
             }
             Err(error) => return Err(Outcome::HostError(format!("KVM_RUN on CPU {index}: {error}"))),
         }
-        self.doorbells.follow();
         Ok(Came::ForUs)
     }
 

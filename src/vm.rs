@@ -22,7 +22,6 @@ use crate::clock::MonotonicClock;
 use crate::config::{Slot, VmConfig};
 use crate::control::desk::{self, Desk};
 use crate::control::{Control, ControlSocket};
-use crate::doorbells::Doorbells;
 use crate::events::{EventLoop, Signals, StopListener, Timeout, WishListener};
 use crate::irq::{self, IrqLine, LevelLine, MsiRoutes};
 use crate::legacy::{
@@ -179,7 +178,6 @@ impl Machine {
         events.add_subscriber(Box::new(WishListener(outside.desk.clone())));
 
         let cables = Exchange::new(outside.clock.clone());
-        let doorbells = Doorbells::new(vm.clone());
         let around = Surroundings {
             netdevs: &config.netdevs,
             cables: &cables,
@@ -188,7 +186,6 @@ impl Machine {
             clock: &outside.clock,
             trace: outside.trace.as_ref(),
             stop: &stop,
-            doorbells: Some(&doorbells),
         };
         let nics = config.nics.iter().enumerate().map(|(index, nic)| {
             let msi = Arc::new(MsiRoutes::new(vm.clone()));
@@ -207,12 +204,7 @@ impl Machine {
         let pci = add_pci(config, &mut bus, &nics, &virtio)?;
         let exits = ExitCounts::new(config.topology.cpus);
         agent.set_exits(exits.clone());
-        let vcpus = create_vcpus(config, &kvm, &vm, &exits, &doorbells)?;
-        if let Some(cpu) = vcpus.first()
-            && let Err(error) = doorbells.begin(&pci, cpu.fd())
-        {
-            log::info!("every doorbell comes out to us: {error:#}");
-        }
+        let vcpus = create_vcpus(config, &kvm, &vm, &exits)?;
         if restored.is_none() {
             let entry = power_on(config, &memory, &pci)?;
             vcpus.first().context("--cpus: there must be one")?.set_entry(&entry)?;
@@ -436,7 +428,6 @@ fn create_vcpus(
     kvm: &Kvm,
     vm: &VmFd,
     exits: &Arc<ExitCounts>,
-    doorbells: &Arc<Doorbells>,
 ) -> anyhow::Result<Vec<Vcpu>> {
     let most = kvm.get_max_vcpus();
     let cpus = config.topology.cpus;
@@ -444,7 +435,7 @@ fn create_vcpus(
     let supported = kvm.get_supported_cpuid(KVM_MAX_CPUID_ENTRIES).context("KVM_GET_SUPPORTED_CPUID")?;
     let vcpu = |index| {
         let cpuid = topology::cpuid(&supported, &config.topology, index);
-        Vcpu::new(vm, index, topology::apic_id(&config.topology, index), &cpuid, exits, doorbells)
+        Vcpu::new(vm, index, topology::apic_id(&config.topology, index), &cpuid, exits)
     };
     (0..cpus).map(vcpu).collect()
 }

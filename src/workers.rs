@@ -3,8 +3,6 @@
 //! A doorbell only notes that a queue has work ([`Waker`]); a worker then runs it. Each worker is an event loop
 //! with a mailbox: pieces of work come from doorbells, cables from their files and kicks, and both from deadlines.
 //! A doorbell may also be a file, which KVM writes without us ([`Function::doorbells`]).
-//! Doorbells that say only what the driver has taken may wait in a ring of KVM's ([`Doorbells`]); workers take them out
-//! before they run anything.
 //! A worker takes turns: every piece gets its budget, then goes to the back. It sleeps when its mailbox is empty
 //! and is woken by an eventfd only then, so a busy worker costs a doorbell no system call.
 //!
@@ -14,9 +12,8 @@
 //! HWC commands run here and not on the vCPU that rang: the driver sleeps until the answer's interrupt anyway, so
 //! the switch to the worker happens while that vCPU has nothing to do, and its other work goes on meanwhile.
 
-use std::cell::Cell;
 use std::collections::VecDeque;
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
@@ -29,7 +26,6 @@ use vmm_sys_util::epoll::EventSet;
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 use vmm_sys_util::timerfd::TimerFd;
 
-use crate::doorbells::{Doorbells, POLL};
 use crate::net::{Cable, Frame};
 use crate::seccomp::{self, Role};
 
@@ -67,10 +63,6 @@ pub trait Function: Send + Sync {
     }
     /// Frames from the cable of `port`.
     fn deliver(&self, port: usize, frames: &[Frame<'_>]);
-    /// Whether something is told to the driver only when it has rung.
-    fn awaits_doorbells(&self) -> bool {
-        false
-    }
     /// Queues that are rung by a file. Asked for once.
     fn doorbells(&self) -> Vec<(u32, EventFd)> {
         Vec::new()
@@ -88,9 +80,6 @@ impl Function for ManaDevice {
     }
     fn run_timers(&self) -> Option<u64> {
         self.run_timers()
-    }
-    fn awaits_doorbells(&self) -> bool {
-        self.awaits_doorbells()
     }
     fn deliver(&self, port: usize, frames: &[Frame<'_>]) {
         for batch in frames.chunks(BUDGET) {
@@ -194,13 +183,6 @@ pub struct Mailboxes {
     boxes: Vec<Mailbox>,
     /// Workers don't interrupt CPUs of the guest.
     patient: bool,
-    /// Where the device's doorbells may wait.
-    doorbells: OnceLock<Arc<Doorbells>>,
-}
-
-thread_local! {
-    /// The mailboxes whose worker this thread is.
-    static AT_WORK_FOR: Cell<*const Mailboxes> = const { Cell::new(std::ptr::null()) };
 }
 
 impl Mailboxes {
@@ -222,13 +204,7 @@ impl Mailboxes {
 
     fn build(name: &str, workers: usize, patient: bool) -> anyhow::Result<Arc<Self>> {
         let boxes: anyhow::Result<_> = (0..workers.max(1)).map(|_| Mailbox::new()).collect();
-        Ok(Arc::new(Self { name: name.to_owned(), boxes: boxes?, patient, doorbells: OnceLock::new() }))
-    }
-
-    /// The device's doorbells may come late, and the workers see to it that they do come. Before
-    /// [`start`](Self::start).
-    pub fn keep_doorbells(&self, doorbells: &Arc<Doorbells>) {
-        let _only_once = self.doorbells.set(doorbells.clone());
+        Ok(Arc::new(Self { name: name.to_owned(), boxes: boxes?, patient }))
     }
 
     /// `piece` is to be run soon.
@@ -305,12 +281,6 @@ impl Waker for Mailboxes {
     fn wake(&self, work: Work) {
         self.ring(work.into());
     }
-    fn await_doorbells(&self) {
-        // A worker looks by itself before it sleeps.
-        if self.doorbells.get().is_some() && AT_WORK_FOR.get() != std::ptr::from_ref(self) {
-            self.ring_once(Piece::Timers);
-        }
-    }
 }
 
 /// Running workers; dropping them stops them.
@@ -381,9 +351,6 @@ fn wait_for_turns() {
     }
 }
 
-/// A worker looks for doorbells no later than after this many doublings of [`POLL`].
-const MAX_BACKOFF: u32 = 4;
-
 /// Marks an event as a queue's doorbell; the rest of its number is the queue's.
 const DOORBELL: u32 = 1 << 31;
 
@@ -442,9 +409,6 @@ struct Worker<F> {
     /// Deadlines of this worker's cables, by vPort, and of the device.
     cable_deadlines: Vec<Option<u64>>,
     device_deadline: Option<u64>,
-    /// When to look for doorbells, and how many times there were none.
-    look_at: Option<u64>,
-    looks: u32,
     /// What the timer is set to; a deadline that has moved away lets it fire for nothing once.
     armed: Option<u64>,
 }
@@ -489,14 +453,11 @@ impl<F: Function> Worker<F> {
             ready: Vec::new(),
             cable_deadlines,
             device_deadline: None,
-            look_at: None,
-            looks: 0,
             armed: None,
         })
     }
 
     fn run(self) -> anyhow::Result<()> {
-        AT_WORK_FOR.set(Arc::as_ptr(&self.mailboxes));
         let mailboxes = Arc::clone(&self.mailboxes);
         let mailbox = &mailboxes.boxes[self.index];
         let result = self.serve(mailbox);
@@ -510,7 +471,6 @@ impl<F: Function> Worker<F> {
         let mut turns = VecDeque::new();
         let mut busy = false;
         loop {
-            self.take_doorbells();
             {
                 let mut post = mailbox.wait_while_held(mailbox.post());
                 if post.stop {
@@ -520,7 +480,6 @@ impl<F: Function> Worker<F> {
                 post.asleep = turns.is_empty();
             }
             if turns.is_empty() {
-                self.look_at = self.next_look();
                 self.arm()?;
                 self.wait(-1, &mut turns)?;
                 busy = false;
@@ -566,30 +525,7 @@ impl<F: Function> Worker<F> {
     }
 
     fn earliest(&self) -> Option<u64> {
-        let cables = self.cable_deadlines.iter().copied().flatten();
-        cables.chain(self.device_deadline).chain(self.look_at).min()
-    }
-
-    /// See to doorbells that came without waking anybody.
-    fn take_doorbells(&mut self) {
-        let Some(doorbells) = self.mailboxes.doorbells.get() else { return };
-        if doorbells.hand_over() > 0 {
-            self.looks = 0;
-        }
-        doorbells.pace();
-        self.look_at = None;
-    }
-
-    /// When to look for doorbells if nothing else comes: soon while send queues are rung without a wake-up; ever later
-    /// while the driver is to ring before it is told of something, since it does so right away or has much to do.
-    fn next_look(&mut self) -> Option<u64> {
-        let doorbells = self.mailboxes.doorbells.get()?;
-        if !doorbells.are_polled() && !self.device.awaits_doorbells() {
-            return None;
-        }
-        let wait = POLL * if doorbells.are_polled() { 1 } else { 1 << self.looks.min(MAX_BACKOFF) };
-        self.looks = self.looks.saturating_add(1);
-        Some(self.clock.now_ns().saturating_add(wait.as_nanos() as u64))
+        self.cable_deadlines.iter().copied().flatten().chain(self.device_deadline).min()
     }
 
     /// See that the timer fires no later than the next deadline.

@@ -157,8 +157,6 @@ pub enum Doorbell {
 }
 
 impl Doorbell {
-    /// Byte of a page from which on no send queue is rung.
-    pub const RECEIVE: u64 = 0x400;
     /// The doorbell that an 8-byte write of `value` at byte `offset` of a page rings (`DOORBELL_OFFSET_*`).
     pub fn decode(offset: u32, value: u64) -> Option<Self> {
         let id = value as u32 & 0xff_ffff;

@@ -1,10 +1,10 @@
 //! The card as its holder sees it: the doors that lead in.
 
 use std::ops::Range;
-use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 
-use crate::bar0::{DOORBELL_PAGE_SIZE, Doorbell, Layout, Target};
+use crate::bar0::{Doorbell, Layout, Target};
 use crate::card::Card;
 use crate::config::{BarLocation, ConfigError, DeviceConfig, TxPolicy};
 use crate::counters::Counters;
@@ -51,23 +51,6 @@ pub struct Bar {
     pub size: u64,
     /// Prefetchable.
     pub prefetchable: bool,
-}
-
-/// A page of doorbells.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct DoorbellPage {
-    /// Offsets in the BAR of the doorbells of send queues.
-    pub send: Range<u64>,
-    /// Offsets of all others. They say what the driver has taken, or has room for, which matters only to what comes
-    /// next: these may be handed over late, if in order.
-    pub others: Range<u64>,
-}
-
-impl DoorbellPage {
-    fn at(start: u64) -> Self {
-        let (others, end) = (start + Doorbell::RECEIVE, start + u64::from(DOORBELL_PAGE_SIZE));
-        Self { send: start..others, others: others..end }
-    }
 }
 
 /// What the bus must do after a configuration write.
@@ -150,7 +133,6 @@ impl ManaDevice {
             waker,
             host: Arc::default(),
             timers: Timers::new(limits.timers()),
-            awaiting: AtomicU32::new(0),
         });
         let queues = Queues::new(core.clone(), limits);
         let vports = config.vports.iter().zip(ports);
@@ -337,21 +319,6 @@ impl ManaDevice {
         let next = self.card.queues.run_timers();
         self.serve_kept(self.card.core.tracer.now_ns());
         next
-    }
-    /// There are completions or events of which the driver is told only when it has rung. Whoever hands doorbells over
-    /// late must not be later than that is worth.
-    #[inline]
-    pub fn awaits_doorbells(&self) -> bool {
-        self.card.core.awaiting.load(Ordering::SeqCst) != 0
-    }
-    /// The page of doorbells that has the 8 bytes at `offset`.
-    pub fn doorbell_page(&self, bar: u8, offset: u64) -> Option<DoorbellPage> {
-        match self.place(bar, offset, size_of::<u64>())? {
-            Place::Bar0(Target::Doorbell { offset: within, .. }) => {
-                Some(DoorbellPage::at(offset - u64::from(within)))
-            }
-            _ => None,
-        }
     }
     /// Frames from the cable of vPort `port`, in order. Each is steered, written to guest memory and completed,
     /// or dropped and counted; the answer is how many were not dropped.

@@ -55,9 +55,6 @@ pub enum Work {
 pub trait Waker: Send + Sync {
     /// `work` is to be run soon.
     fn wake(&self, work: Work);
-    /// [`crate::ManaDevice::awaits_doorbells`] from now on. Nothing is to be done where doorbells come at once. Called
-    /// with a queue's lock held.
-    fn await_doorbells(&self) {}
 }
 
 /// What a [`Port`] does itself, so that the device need not.

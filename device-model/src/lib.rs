@@ -43,4 +43,4 @@ mod vport;
 pub mod wire;
 
 pub use config::ConfigError;
-pub use device::{AccessError, Bar, ConfigEffect, DoorbellPage, Host, ManaDevice, Ran};
+pub use device::{AccessError, Bar, ConfigEffect, Host, ManaDevice, Ran};

@@ -55,26 +55,9 @@ pub struct Core {
     pub host: Arc<Plan>,
     /// Deadlines.
     pub timers: Timers,
-    /// Queues whose driver must ring before it is told of what is there.
-    pub awaiting: AtomicU32,
 }
 
 impl Core {
-    /// `slot`'s queue, which is locked, awaits a doorbell or doesn't.
-    #[inline]
-    pub fn note_awaiting<Q>(&self, slot: &Slot<Q>, awaits: bool) {
-        if slot.awaits.load(Ordering::Relaxed) != awaits {
-            self.change_awaiting(slot, awaits);
-        }
-    }
-    fn change_awaiting<Q>(&self, slot: &Slot<Q>, awaits: bool) {
-        slot.awaits.store(awaits, Ordering::Relaxed);
-        if !awaits {
-            self.awaiting.fetch_sub(1, Ordering::SeqCst);
-        } else if self.awaiting.fetch_add(1, Ordering::SeqCst) == 0 {
-            self.waker.await_doorbells();
-        }
-    }
     /// The driver broke `rule`.
     pub fn broken(&self, rule: Rule, detail: impl FnOnce() -> String) {
         self.counters.rule_violations.bump();
@@ -112,8 +95,6 @@ pub struct Slot<Q> {
     pending: Pending,
     /// A queue was here, whose last word may still come.
     parting: AtomicBool,
-    /// The queue is counted in [`Core::awaiting`]; changes under its lock.
-    awaits: AtomicBool,
     queue: Mutex<Option<Q>>,
 }
 
@@ -123,7 +104,6 @@ impl<Q> Slot<Q> {
             page: AtomicU32::new(NO_PAGE),
             pending: Pending::default(),
             parting: AtomicBool::new(false),
-            awaits: AtomicBool::new(false),
             queue: Mutex::new(None),
         }
     }
@@ -150,12 +130,9 @@ impl<Q> Slot<Q> {
         self.page.store(page, Ordering::Release);
     }
     /// Take the queue out; whoever was using it has finished when this returns.
-    fn close(&self, core: &Core) -> Option<Q> {
+    fn close(&self) -> Option<Q> {
         self.page.store(NO_PAGE, Ordering::Release);
-        let mut guard = self.lock();
-        let queue = guard.take();
-        core.note_awaiting(self, false);
-        drop(guard);
+        let queue = self.lock().take();
         self.parting.fetch_or(queue.is_some(), Ordering::Relaxed);
         queue
     }
@@ -343,8 +320,7 @@ impl Queues {
         id: u32,
         post: impl FnOnce(&mut CompletionQueue) -> R,
     ) -> Option<R> {
-        let place = self.cq(id)?;
-        let mut slot = place.lock();
+        let mut slot = self.cq(id)?.lock();
         let cq = slot.as_mut()?;
         if self.core.host.watches(Point::Cqe) != cq.is_tampered() {
             self.tamper(cq, id);
@@ -352,7 +328,6 @@ impl Queues {
         let result = post(cq);
         let (notify, eq) = (cq.notification(|| self.core.tracer.now_ns()), cq.parent_eq());
         let overdue = cq.is_overdue();
-        self.core.note_awaiting(place, cq.awaits_doorbell());
         drop(slot);
         if overdue {
             self.core.broken(Rule::ConsumerLaps, || format!("CQ {id} has not been rung for seven laps"));
@@ -450,7 +425,6 @@ impl Queues {
         let mut queue = slot.lock();
         let Some(cq) = queue.as_mut() else { return };
         let (notify, eq) = (cq.expire(now_ns), cq.parent_eq());
-        self.core.note_awaiting(slot, cq.awaits_doorbell());
         drop(queue);
         if self.notify(id, notify) {
             self.post_event(&GuestRam::new(&memory), eq, EventEntry::Completion(id));
@@ -472,7 +446,6 @@ impl Queues {
         let Some(eq) = queue.as_mut() else { return false };
         let posted = eq.post(ram, event);
         let vector = eq.msix();
-        self.core.note_awaiting(slot, eq.awaits_doorbell());
         drop(queue);
         match posted {
             Ok(interrupt) => {
@@ -552,7 +525,6 @@ impl Queues {
         let held = if rung.freed && cq.is_holding() { self.with_ram(|ram| cq.post_held(ram)) } else { None };
         let (notify, eq) = (cq.notification(|| self.core.tracer.now_ns()), cq.parent_eq());
         let waiter = cq.take_waiter();
-        self.core.note_awaiting(slot, cq.awaits_doorbell());
         drop(queue);
         self.rung(QueueKind::Cq, id, tail, rung, held);
         if self.notify(id, notify) {
@@ -576,7 +548,6 @@ impl Queues {
             return true;
         }
         let (notify, eq) = (cq.notification(|| self.core.tracer.now_ns()), cq.parent_eq());
-        self.core.note_awaiting(slot, cq.awaits_doorbell());
         drop(queue);
         if self.notify(id, notify) {
             self.with_ram(|ram| self.post_event(ram, eq, EventEntry::Completion(id)));
@@ -593,7 +564,6 @@ impl Queues {
         let rung = eq.ring(tail, arm);
         let held = if rung.freed && eq.is_holding() { self.with_ram(|ram| eq.post_held(ram)) } else { None };
         let (interrupt, vector) = (eq.take_notification(), eq.msix());
-        self.core.note_awaiting(slot, eq.awaits_doorbell());
         drop(queue);
         self.rung(QueueKind::Eq, id, tail, rung, held);
         if interrupt {
@@ -644,19 +614,17 @@ impl Queues {
     }
     /// Event queue `id` exists from now on and is rung through `page`.
     pub fn open_eq(&self, id: u32, page: u32, eq: EventQueue) {
-        let (msix, entries, awaits) = (Some(eq.msix()), eq.entries(), eq.awaits_doorbell());
+        let (msix, entries) = (Some(eq.msix()), eq.entries());
         if let Some(slot) = self.eq(id) {
             slot.open(page, Some(eq));
-            self.core.note_awaiting(slot, awaits);
             self.created(QueueKind::Eq, id, None, msix, entries);
         }
     }
     /// Completion queue `id` exists from now on and is rung through `page`.
     pub fn open_cq(&self, id: u32, page: u32, cq: CompletionQueue) {
-        let (eq, entries, awaits) = (Some(cq.parent_eq()), cq.entries(), cq.awaits_doorbell());
+        let (eq, entries) = (Some(cq.parent_eq()), cq.entries());
         if let Some(slot) = self.cq(id) {
             slot.open(page, Some(cq));
-            self.core.note_awaiting(slot, awaits);
             self.created(QueueKind::Cq, id, eq, None, entries);
         }
     }
@@ -687,10 +655,10 @@ impl Queues {
     pub fn close(&self, kind: QueueKind, id: u32) {
         let index = id as usize;
         let existed = match kind {
-            QueueKind::Eq => self.eqs.get(index).is_some_and(|slot| slot.close(&self.core).is_some()),
-            QueueKind::Cq => self.cqs.get(index).is_some_and(|slot| slot.close(&self.core).is_some()),
-            QueueKind::Sq => self.sqs.get(index).is_some_and(|slot| slot.close(&self.core).is_some()),
-            QueueKind::Rq => self.rqs.get(index).is_some_and(|slot| slot.close(&self.core).is_some()),
+            QueueKind::Eq => self.eqs.get(index).is_some_and(|slot| slot.close().is_some()),
+            QueueKind::Cq => self.cqs.get(index).is_some_and(|slot| slot.close().is_some()),
+            QueueKind::Sq => self.sqs.get(index).is_some_and(|slot| slot.close().is_some()),
+            QueueKind::Rq => self.rqs.get(index).is_some_and(|slot| slot.close().is_some()),
         };
         if existed {
             self.core.tracer.emit(|| Event::QueueDestroy { kind, id });

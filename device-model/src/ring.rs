@@ -205,9 +205,6 @@ struct Cursor {
     consumer: u64,
     /// Notify once the producer passes this.
     armed_at: Option<u64>,
-    /// The driver has been told, and takes the entries before this one at least: a handler may stop after a few and
-    /// arm the queue again (`mana_gd_process_eq_events` takes five).
-    announced: u64,
     /// May be armed for entries that are still to come.
     arms_ahead: bool,
 }
@@ -223,7 +220,6 @@ impl Cursor {
             lap: 1,
             consumer: entries,
             armed_at: Some(entries),
-            announced: entries,
             arms_ahead,
         }
     }
@@ -253,13 +249,8 @@ impl Cursor {
         let due = self.unannounced() > 0;
         if due {
             self.armed_at = None;
-            self.announced = self.consumer + 1;
         }
         due
-    }
-    /// There are entries that the driver may not look at before a doorbell that is still to come.
-    fn awaits_doorbell(&self) -> bool {
-        self.armed_at.is_none() && self.producer > self.announced.max(self.consumer)
     }
     /// A doorbell: `tail` entries taken, modulo eight laps.
     fn ring(&mut self, tail: u32, arm: bool) -> Rung {
@@ -501,11 +492,6 @@ impl CompletionQueue {
         self.held.push_back(Cqe { data: *data, info: Cqe::info(wq, is_sq).into() });
         Ok(())
     }
-    /// The driver was not told of all completions, or holds a send queue up, until its next doorbell.
-    #[inline]
-    pub fn awaits_doorbell(&self) -> bool {
-        self.cursor.awaits_doorbell() || self.waiter.is_some()
-    }
     /// Send queue `sq` found no room and stopped: it is to run again when there is some.
     pub fn wait_for_room(&mut self, sq: u32) {
         self.waiter = Some(sq);
@@ -652,11 +638,6 @@ impl EventQueue {
     /// taken, [`post_held`](Self::post_held) is due, then [`take_notification`](Self::take_notification).
     pub fn ring(&mut self, tail: u32, arm: bool) -> Rung {
         self.cursor.ring(tail, arm)
-    }
-    /// The driver was not told of all events until its next doorbell.
-    #[inline]
-    pub fn awaits_doorbell(&self) -> bool {
-        self.cursor.awaits_doorbell() || self.is_holding()
     }
     /// `true` once after entries were posted to an armed queue: signal the vector.
     #[must_use]

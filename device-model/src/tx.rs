@@ -156,7 +156,6 @@ fn reserve(queues: &Queues, wq: &mut WqObject, wanted: usize) -> usize {
                 let room = cq.room();
                 if room == 0 {
                     cq.wait_for_room(wq.id);
-                    queues.core().note_awaiting(slot, true);
                 }
                 room
             })

@@ -1,6 +1,6 @@
 //! What a PCI function must do to be plugged in.
 
-use mana_device::{AccessError, Bar, ConfigEffect, DoorbellPage, ManaDevice};
+use mana_device::{AccessError, Bar, ConfigEffect, ManaDevice};
 
 /// A function. Called from any vCPU's thread, several at once; it guards its own state.
 pub trait PciFunction: Send + Sync {
@@ -22,11 +22,6 @@ pub trait PciFunction: Send + Sync {
     /// # Errors
     /// [`AccessError`] where nothing answers.
     fn bar_write(&self, bar: u8, offset: u64, data: &[u8]) -> Result<(), AccessError>;
-    /// The page of doorbells that has the 8 bytes at `offset`, if they can be kept for a while.
-    fn doorbell_page(&self, bar: u8, offset: u64) -> Option<DoorbellPage> {
-        let _there_is_none = (bar, offset);
-        None
-    }
     /// Back to the power-on state (hot reset).
     fn reset(&self);
 }
@@ -54,10 +49,6 @@ impl PciFunction for ManaDevice {
 
     fn bar_write(&self, bar: u8, offset: u64, data: &[u8]) -> Result<(), AccessError> {
         self.bar_write(bar, offset, data)
-    }
-
-    fn doorbell_page(&self, bar: u8, offset: u64) -> Option<DoorbellPage> {
-        self.doorbell_page(bar, offset)
     }
 
     fn reset(&self) {

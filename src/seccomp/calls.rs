@@ -157,8 +157,6 @@ mod kvm {
     pub const RUN: u64 = 0xae80;
     pub const GET_REGS: u64 = 0x8090_ae81;
     pub const IRQ_LINE: u64 = 0x4008_ae61;
-    pub const REGISTER_COALESCED_MMIO: u64 = 0x4010_ae67;
-    pub const UNREGISTER_COALESCED_MMIO: u64 = 0x4010_ae68;
     pub const SET_GSI_ROUTING: u64 = 0x4008_ae6a;
     pub const IRQFD: u64 = 0x4020_ae76;
     pub const IOEVENTFD: u64 = 0x4040_ae79;
@@ -169,29 +167,11 @@ mod kvm {
 /// Requests by ioctl that `role` makes; without any it has no ioctl. The main thread makes all that there are.
 pub(super) const fn requests(role: Role) -> &'static [u64] {
     use kvm::{GET_REGS, GET_STATS_FD, IOEVENTFD, IRQ_LINE, IRQFD, RUN, SET_GSI_ROUTING, SIGNAL_MSI};
-    use kvm::{REGISTER_COALESCED_MMIO, UNREGISTER_COALESCED_MMIO};
     match role {
-        Role::Vcpu => &[
-            RUN,
-            GET_REGS,
-            IRQ_LINE,
-            SIGNAL_MSI,
-            SET_GSI_ROUTING,
-            IRQFD,
-            IOEVENTFD,
-            REGISTER_COALESCED_MMIO,
-            UNREGISTER_COALESCED_MMIO,
-            GET_STATS_FD,
-            FIONBIO,
-        ],
-        Role::Worker => &[
-            SIGNAL_MSI,
-            IRQ_LINE,
-            SET_GSI_ROUTING,
-            REGISTER_COALESCED_MMIO,
-            UNREGISTER_COALESCED_MMIO,
-            FIONBIO,
-        ],
+        Role::Vcpu => {
+            &[RUN, GET_REGS, IRQ_LINE, SIGNAL_MSI, SET_GSI_ROUTING, IRQFD, IOEVENTFD, GET_STATS_FD, FIONBIO]
+        }
+        Role::Worker => &[SIGNAL_MSI, IRQ_LINE, SET_GSI_ROUTING, FIONBIO],
         Role::VfioUser => &[FIONBIO],
         Role::Main | Role::Trace | Role::Control => &[],
     }

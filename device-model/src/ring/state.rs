@@ -58,8 +58,7 @@ struct CursorState {
 
 impl Cursor {
     fn save(&self) -> CursorState {
-        let Self { entries: _, producer, slot: _, lap: _, consumer, armed_at, announced: _, arms_ahead: _ } =
-            *self;
+        let Self { entries: _, producer, slot: _, lap: _, consumer, armed_at, arms_ahead: _ } = *self;
         CursorState { producer, consumer, armed_at }
     }
     /// Go on from `state`, with at most `most` entries outstanding.
@@ -74,8 +73,7 @@ impl Cursor {
             format!("{producer} entries made, {consumer} taken, armed at {armed_at:?} of {entries}")
         })?;
         let (slot, lap) = ((producer % entries) as u32, (producer / entries % LAPS) as u32);
-        // Nobody knows of what the driver was told: at worst somebody waits for a doorbell that has come.
-        Ok(Self { producer, slot, lap, consumer, armed_at, announced: consumer, ..self })
+        Ok(Self { producer, slot, lap, consumer, armed_at, ..self })
     }
 }
 

@@ -194,20 +194,6 @@ fn fence_waits_for_a_free_slot() {
     assert_eq!(memory.read_obj::<u8>(GuestAddress(RING)).expect("data"), 3);
 }
 
-/// A handler that takes five events and arms the queue relies on being told of the sixth.
-#[test]
-fn a_doorbell_is_awaited_while_the_driver_may_not_have_seen_all() {
-    let mut cursor = Cursor::new(64, false);
-    cursor.advance();
-    assert!(cursor.take_notification() && !cursor.awaits_doorbell(), "it takes one at least");
-    (0..5).for_each(|_| cursor.advance());
-    assert!(!cursor.take_notification() && cursor.awaits_doorbell());
-    let _ = cursor.ring(64 + 3, true);
-    assert!(cursor.take_notification() && cursor.awaits_doorbell(), "three are left");
-    let _ = cursor.ring(64 + 6, true);
-    assert!(!cursor.take_notification() && !cursor.awaits_doorbell(), "armed: the next one is told");
-}
-
 #[test]
 fn full_event_queue_keeps_events_until_the_driver_rings() {
     let memory = memory();

@@ -1,7 +1,7 @@
 //! A card without its hardware channel: queues are opened directly, a driver's end of each is played by hand.
 
 use std::cell::Cell;
-use std::sync::atomic::{AtomicBool, AtomicU32};
+use std::sync::atomic::AtomicBool;
 use std::sync::{Arc, Mutex};
 
 use vm_memory::{Bytes, GuestAddress, GuestMemoryAtomic, GuestMemoryMmap};
@@ -117,7 +117,6 @@ impl Rig {
             waker: woken.clone(),
             host: Arc::default(),
             timers: Timers::new(0),
-            awaiting: AtomicU32::new(0),
         };
         let limits = Limits { eqs: 2, cqs: 4096, sqs: 4096, rqs: 4096, first: FirstIds::default() };
         let queues = Queues::new(Arc::new(core), limits);

@@ -94,26 +94,6 @@ fn ending_moderation_notifies_of_what_was_held_back() {
 }
 
 #[test]
-fn the_card_says_while_the_driver_must_ring_before_it_is_told() {
-    let world = World::default();
-    let mut driver = up(&world);
-    let frame = Flow::v4([2; 6], 1).frame(Protocol::Udp, b"x");
-    assert!(!world.device.awaits_doorbells());
-    assert!(world.deliver(0, &frame));
-    assert!(!world.device.awaits_doorbells(), "the interrupt is on its way");
-    assert!(world.deliver(0, &frame));
-    assert!(world.device.awaits_doorbells(), "the driver may have looked already");
-    driver.service();
-    assert_eq!(driver.take_received(0).len(), 2);
-    assert!(!world.device.awaits_doorbells(), "it has, and has rung");
-    assert!(world.deliver(0, &frame) && world.deliver(0, &frame));
-    driver.ifdown(0).unwrap();
-    assert!(!world.device.awaits_doorbells(), "the queue is gone");
-    driver.remove().unwrap();
-    world.assert_empty_ledger();
-}
-
-#[test]
 fn a_queue_that_goes_takes_its_deadline_with_it() {
     let world = World::default();
     let mut driver = up(&world);
