@@ -26,13 +26,11 @@ impl ChipsState {
     /// # Errors
     /// KVM does not tell.
     pub fn save(vm: &VmFd) -> anyhow::Result<Self> {
+        // First, because the CPUs' TSCs have just been read.
+        let clock_ns = vm.get_clock().context("KVM_GET_CLOCK")?.clock;
         let mut irqchips = CHIPS.map(|chip_id| Box::new(kvm_irqchip { chip_id, ..Default::default() }));
         irqchips.iter_mut().try_for_each(|chip| vm.get_irqchip(chip)).context("KVM_GET_IRQCHIP")?;
-        Ok(Self {
-            irqchips,
-            pit: vm.get_pit2().context("KVM_GET_PIT2")?,
-            clock_ns: vm.get_clock().context("KVM_GET_CLOCK")?.clock,
-        })
+        Ok(Self { irqchips, pit: vm.get_pit2().context("KVM_GET_PIT2")?, clock_ns })
     }
 
     /// Make the chips of `vm` what was saved.
