@@ -72,7 +72,7 @@ impl Player {
     pub fn observed(play: Play) -> Self {
         Self { machine: Machine::with(Some(Arc::new(Listener))), ..Self::new(play) }
     }
-    /// As [`case`], but all of memory is looked at after the first [`SWEEP`] cases, so that a single one is judged
+    /// As [`case`], but all of memory is looked at after the first `SWEEP` cases, so that a single one is judged
     /// whole, and from then on after as many at once.
     ///
     /// # Panics
