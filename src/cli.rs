@@ -48,8 +48,9 @@ pub enum Command {
     /// The words, and what they do: `fault add command=NAME|0xCODE|any|smc|eqe|cqe|msix|reg [nth=N] [count=M|all]
     /// [queue=ID] do=ACTION`, `fault list`, `fault clear [ID]`; `event TYPE [port=N] [after=MS] [every=MS] [count=N]
     /// [at-command=N]`, `event list`, `event stop [ID]`; `limits LIMIT=N...`, `profile NAME|FILE`, `profile list`;
-    /// `hostile SEED [rate=N] [at=WHERE]...`, `hostile stop`; `mark NAME`, `commands`, `ledger`, `counters`, `rules`;
-    /// `pause`, `resume`, `save FILE`; in front of them `device=N` if the machine has several. Exit code: 1 if it can't be done.
+    /// `hostile SEED [rate=N] [at=WHERE]... [only=LIE]...`, `hostile list`, `hostile stop`; `mark NAME`,
+    /// `commands`, `ledger`, `counters`, `rules`; `pause`, `resume`, `save FILE`; in front of them `device=N` if the machine
+    /// has several. Exit code: 1 if it can't be done.
     Ctl {
         /// The machine's --control.
         #[arg(value_name = "SOCKET")]
@@ -203,6 +204,14 @@ pub struct BootArgs {
         conflicts_with_all = ["guest", "kernel", "initrd", "modules", "driver", "append"]
     )]
     restore: Option<PathBuf>,
+    /// Have the machine of --restore go on once for each seed, from where it was saved, under a host that lies
+    /// (device=mana,hostile=SEED): `FIRST[-LAST][,rate=N][,at=completions|events|messages|registers]...[,for=MS][,only=LIE]...`;
+    /// MS is 2000. Exit code 2 if the guest crashed with any, and what it had been told is said.
+    #[arg(long, value_name = "SEEDS[,KEY=VALUE]...", requires = "restore")]
+    lies: Option<String>,
+    /// Of the lies that crashed the guest, find the shortest list that still does.
+    #[arg(long, requires = "lies")]
+    minimise: bool,
     /// End with exit code 3 after so many seconds.
     #[arg(long, value_name = "SECONDS", value_parser = clap::value_parser!(u64).range(1..))]
     timeout: Option<u64>,
@@ -247,6 +256,7 @@ impl BootArgs {
             timeout: self.timeout.map(Duration::from_secs),
             control: self.control,
             restore: None,
+            lies: None,
             seccomp: self.seccomp,
         })
     }

@@ -168,8 +168,48 @@ pub struct VmConfig {
     pub control: Option<PathBuf>,
     /// Go on with the machine in this file instead of booting a kernel.
     pub restore: Option<PathBuf>,
+    /// Have it go on many times, under a host that lies.
+    pub lies: Option<Lies>,
     /// Filters of system calls.
     pub seccomp: seccomp::Mode,
+}
+
+/// What the host of a restored machine lies about, time after time.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Lies {
+    /// Seed of the first time; each further time has the next.
+    pub first: u64,
+    /// Seed of the last time.
+    pub last: u64,
+    /// One in so many is a lie.
+    pub rate: u32,
+    /// Where, as `hostile` takes it; nowhere is the usual.
+    pub at: Vec<String>,
+    /// Only these lies, as `hostile list` names them; all, if there is none.
+    pub only: Vec<String>,
+    /// Milliseconds that the machine runs each time.
+    pub span_ms: u64,
+    /// Find the shortest list of lies that crashes the guest.
+    pub minimise: bool,
+}
+
+impl Lies {
+    /// Milliseconds, if nobody says otherwise.
+    pub const SPAN_MS: u64 = 2000;
+
+    /// The words for the simulated host: the lies of `seed`, or `only` these of them.
+    pub fn words(&self, seed: u64, only: &[String]) -> Vec<String> {
+        let at = self.at.iter().map(|place| format!("at={place}"));
+        let only = only.iter().map(|lie| format!("only={lie}"));
+        let head = ["hostile".to_owned(), seed.to_string(), format!("rate={}", self.rate)];
+        head.into_iter().chain(at).chain(only).collect()
+    }
+
+    /// The part of the option that stands behind the seeds, as far as it says how the host lies.
+    pub fn how(&self) -> String {
+        let at: Vec<_> = self.at.iter().map(|place| format!(",at={place}")).collect();
+        format!(",rate={},for={}{}", self.rate, self.span_ms, at.concat())
+    }
 }
 
 /// Functions for other VMMs: `mana-vmm serve`.

@@ -18,6 +18,7 @@ pub use acpi_pm::AcpiPm;
 pub use agent::AgentPort;
 pub use console::{Console, ConsoleTimers};
 pub use i8042::I8042;
+pub use panic_watch::what;
 pub use pvpanic::Pvpanic;
 pub use rtc::{Rtc, RtcAlarm};
 pub use serial::{SerialInput, SerialPort};

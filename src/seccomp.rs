@@ -215,6 +215,13 @@ mod tests {
             "connect" => drop(std::os::unix::net::UnixStream::pair()),
             "run" => drop(Command::new("/bin/true").status()),
             "memory" => assert_eq!(vec![1_u8; 64 << 20].iter().filter(|&&byte| byte == 1).count(), 64 << 20),
+            // As a machine that is built again after a reset.
+            "worker" => std::thread::spawn(|| {
+                crate::workers::wait_for_turns();
+                enter(Role::Worker).unwrap();
+            })
+            .join()
+            .unwrap(),
             other => panic!("{other}"),
         }
         eprintln!("survived");
@@ -248,7 +255,7 @@ mod tests {
 
     #[test]
     fn what_a_thread_needs_goes_on() {
-        for (role, call) in [("trace", "memory"), ("main", "memory"), ("main", "open")] {
+        for (role, call) in [("trace", "memory"), ("main", "memory"), ("main", "open"), ("main", "worker")] {
             let (_, said) = outcome(role, call);
             assert!(said.contains("survived"), "{role} {call}: {said}");
         }
@@ -258,6 +265,11 @@ mod tests {
     fn every_role_has_a_filter() {
         for role in [Role::Main, Role::Vcpu, Role::Worker, Role::Trace, Role::VfioUser, Role::Control] {
             filter(role, SeccompAction::Trap).unwrap();
+        }
+        // The threads of a machine that is built after a reset have the main thread's filter, too.
+        for role in [Role::Vcpu, Role::Worker] {
+            let more = calls::of(role).iter().find(|call| !calls::of(Role::Main).contains(call));
+            assert_eq!(more, None, "{}", role.name());
         }
     }
 }

@@ -1,5 +1,7 @@
 //! A virtual machine, from its configuration to its end.
 
+mod trial;
+
 use std::fs::File;
 use std::io::Write;
 use std::path::{Path, PathBuf};
@@ -50,6 +52,11 @@ pub fn run(config: &VmConfig) -> anyhow::Result<ExitCode> {
     seccomp::set_mode(config.seccomp);
     let outside = Outside::open(config)?;
     let restored = config.restore.as_deref().map(Snapshot::open).transpose()?;
+    if let (Some(snapshot), Some(lies)) = (&restored, &config.lies) {
+        let exit = trial::run(config, &outside, snapshot, lies);
+        outside.desk.close();
+        return exit;
+    }
     loop {
         let (outcome, exec_status) =
             Machine::build(config, &outside, restored.as_ref())?.run(config, &outside)?;
@@ -126,6 +133,11 @@ impl Outside {
             trace: config.trace.as_deref().map(TraceFile::create).transpose()?,
             clock: Arc::new(MonotonicClock::new()),
         })
+    }
+
+    /// `--timeout` is over.
+    fn is_over(&self) -> bool {
+        self.deadline.is_some_and(|deadline| deadline <= Instant::now())
     }
 
     /// Where the guest's console goes. With `--exec`, standard output is for the command's own.
@@ -333,9 +345,12 @@ impl Machine {
         self.nics.into_iter().try_for_each(Nic::finish)?;
         self.virtio.into_iter().try_for_each(virtio::Running::finish)?;
         self.console.flush();
-        // An oopsed guest may get as far as powering off.
-        let outcome = match (outcome, self.console.trouble()) {
-            (Outcome::PowerOff | Outcome::Reset, Some(line)) => Outcome::GuestPanic(line),
+        // An oopsed guest may get as far as powering off, or be at it still. And pvpanic says less than the console.
+        let bug = || config.lies.as_ref().and_then(|_| self.console.bug());
+        let outcome = match (outcome, self.console.trouble().or_else(bug)) {
+            (Outcome::PowerOff | Outcome::Reset | Outcome::TimedOut | Outcome::GuestPanic(_), Some(line)) => {
+                Outcome::GuestPanic(line)
+            }
             (outcome, _) => outcome,
         };
         Ok((outcome, self.legacy.agent.exec_status()))
@@ -516,6 +531,7 @@ mod tests {
             trace: Some(trace.to_owned()),
             control: None,
             restore: None,
+            lies: None,
             console: None,
             timeout: None,
             seccomp: seccomp::Mode::Off,

@@ -343,7 +343,7 @@ impl Drop for Workers {
 /// From now on the calling thread, when it is woken on a CPU that is busy, waits for its turn instead of interrupting
 /// who runs there (SCHED_BATCH). What wakes a worker is a CPU of the guest that rings: if it goes on, it rings again and
 /// all that becomes one batch with one interrupt; if it has nothing else to do it halts, and the turn has come anyway.
-fn wait_for_turns() {
+pub(crate) fn wait_for_turns() {
     let parameters = libc::sched_param { sched_priority: 0 };
     // SAFETY: changes only how the calling thread is scheduled; the parameters outlive the call.
     if unsafe { libc::sched_setscheduler(0, libc::SCHED_BATCH, &raw const parameters) } < 0 {

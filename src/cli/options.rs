@@ -5,9 +5,9 @@ use std::path::PathBuf;
 
 use mana_device::config::{DeviceConfig, MAX_QUEUES_PER_VPORT, MAX_VPORTS, MSIX_TABLE_SIZES, VportConfig};
 
-use mana_device::host::{Hostility, Profile, Where};
+use mana_device::host::{Chance, Hostility, Profile, Where};
 
-use crate::config::{DiskConfig, ManaNic, Netdev, NetdevKind, Slot, Topology, VirtioNic};
+use crate::config::{DiskConfig, Lies, ManaNic, Netdev, NetdevKind, Slot, Topology, VirtioNic};
 use crate::keyval::{KeyValues, OptionError};
 
 const NETDEV: &str = "--netdev";
@@ -361,6 +361,29 @@ fn hostile(options: &mut KeyValues) -> Result<Option<Hostility>, OptionError> {
     Ok(Some(hostility))
 }
 
+/// `--lies FIRST[-LAST][,rate=N][,at=WHERE]...[,for=MS][,only=LIE]...`.
+pub fn lies(text: &str, minimise: bool) -> Result<Lies, OptionError> {
+    let mut options = KeyValues::parse("--lies", "seeds", text)?;
+    let seeds = options.take_with("seeds", "a number, or FIRST-LAST", |seeds| {
+        let (first, last) = seeds.split_once('-').unwrap_or((seeds, seeds));
+        let seeds = (first.parse().ok()?, last.parse().ok()?);
+        (seeds.0 <= seeds.1).then_some(seeds)
+    })?;
+    let (first, last) = seeds.ok_or_else(|| options.error("seeds", "is missing: FIRST or FIRST-LAST"))?;
+    let rate = options.take_number("rate", 1..=u32::MAX.into())?.unwrap_or(Hostility::RATE);
+    let span_ms = options.take_number("for", 1..=3_600_000)?.unwrap_or(Lies::SPAN_MS);
+    let (at, only) = (options.take_all("at"), options.take_all("only"));
+    if let Some(wrong) = at.iter().find(|text| Where::parse(text).is_none()) {
+        let reason = format!("must be completions, events, messages or registers, not `{wrong}`");
+        return Err(options.error("at", &reason));
+    }
+    if let Some(wrong) = only.iter().find(|text| Chance::parse(text).is_none()) {
+        return Err(options.error("only", &format!("must be a lie, cqe:5:17 for one, not `{wrong}`")));
+    }
+    options.finish()?;
+    Ok(Lies { first, last, rate, at, only, span_ms, minimise })
+}
+
 /// A profile that comes with the card, or a file.
 fn profile(name: &str) -> Result<Profile, OptionError> {
     crate::control::profile(name).map_err(|error| OptionError::new(DEVICE, format!("profile: {error}")))
@@ -413,6 +436,31 @@ pub(super) fn pcaps(texts: &[String], netdevs: &mut [Netdev]) -> Result<(), Opti
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn lies_have_seeds_and_ways() {
+        let all =
+            lies("7-9,rate=20,at=events,at=messages,for=500,only=cqe:5:17,only=command:0:2", true).unwrap();
+        assert_eq!((all.first, all.last, all.rate, all.span_ms, all.minimise), (7, 9, 20, 500, true));
+        let words = "hostile 8 rate=20 at=events at=messages only=cqe:5:17";
+        assert_eq!(all.words(8, &all.only[..1]).join(" "), words);
+        assert_eq!(all.how(), ",rate=20,for=500,at=events,at=messages");
+        let one = lies("3", false).unwrap();
+        assert_eq!((one.first, one.last, one.rate, one.span_ms), (3, 3, Hostility::RATE, Lies::SPAN_MS));
+        for (wrong, reason) in [
+            ("9-7", "FIRST-LAST"),
+            ("x", "FIRST-LAST"),
+            ("rate=3", "seeds is missing"),
+            ("1,rate=0", "rate must be"),
+            ("1,at=home", "not `home`"),
+            ("1,only=cqe:5", "not `cqe:5`"),
+            ("1,for=0", "for must be"),
+            ("1,often=yes", "no `often`"),
+        ] {
+            let error = lies(wrong, false).unwrap_err().to_string();
+            assert!(error.starts_with("--lies") && error.contains(reason), "{wrong}: {error}");
+        }
+    }
 
     #[test]
     fn missing_cpu_levels_are_derived() {

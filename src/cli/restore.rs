@@ -18,8 +18,9 @@ impl BootArgs {
             |error: anyhow::Error| OptionError::new("--restore", format!("{}: {error:#}", file.display()));
         let opened = std::fs::File::open(&file).map_err(|error| refuse(error.into()))?;
         let saved = Snapshot::read(opened).map_err(refuse)?.state.options;
+        let lies = self.lies.as_deref().map(|text| options::lies(text, self.minimise)).transpose()?;
         let config = self.merge(saved)?;
-        Ok(VmConfig { restore: Some(file), ..config })
+        Ok(VmConfig { restore: Some(file), lies, ..config })
     }
 
     fn merge(self, saved: Options) -> Result<VmConfig, OptionError> {
@@ -80,6 +81,7 @@ impl BootArgs {
             timeout: self.timeout.map(Duration::from_secs),
             control: self.control,
             restore: None,
+            lies: None,
             seccomp: self.seccomp,
         })
     }

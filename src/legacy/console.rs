@@ -36,14 +36,9 @@ struct State {
     open_line: Vec<u8>,
     line_timer: TimerFd,
     watch: PanicWatch,
-    trouble: Option<Trouble>,
+    /// Since when the guest's kernel is in trouble.
+    trouble: Option<Instant>,
     trouble_timer: TimerFd,
-}
-
-/// The guest's kernel is in trouble.
-struct Trouble {
-    line: String,
-    since: Instant,
 }
 
 impl Console {
@@ -77,17 +72,22 @@ impl Console {
         } else if state.open_line.len() == 1 {
             arm(&mut state.line_timer, OPEN_LINE);
         }
-        if let Some(line) = state.watch.byte(byte) {
-            state.trouble.get_or_insert(Trouble { line, since: Instant::now() });
+        if state.watch.byte(byte) {
+            state.trouble = Some(Instant::now());
         }
-        if byte == b'\n' && state.trouble.as_ref().is_some_and(|trouble| trouble.since.elapsed() < PATIENCE) {
+        if byte == b'\n' && state.trouble.is_some_and(|since| since.elapsed() < PATIENCE) {
             arm(&mut state.trouble_timer, LAST_WORDS);
         }
     }
 
     /// What the guest's kernel said, if it is in trouble.
     pub fn trouble(&self) -> Option<String> {
-        self.state().trouble.as_ref().map(|trouble| trouble.line.clone())
+        self.state().watch.trouble().map(str::to_owned)
+    }
+
+    /// A bug that the guest's kernel has reported and survived, of KFENCE or KASAN for one.
+    pub fn bug(&self) -> Option<String> {
+        self.state().watch.bug().map(str::to_owned)
     }
 
     /// Write what is still held back.

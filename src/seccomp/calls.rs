@@ -129,6 +129,8 @@ const MAIN: &[libc::c_long] = with_descriptors![
     SYS_renameat,
     SYS_renameat2,
     SYS_rseq,
+    // A worker of the new machine, before it has its own filter.
+    SYS_sched_setscheduler,
     SYS_seccomp,
     SYS_set_robust_list,
     SYS_signalfd4,

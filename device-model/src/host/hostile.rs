@@ -4,6 +4,7 @@
 //! alone: threads and time have no say in it, so the same seed tells a driver that does the same the same lies.
 
 use std::collections::BTreeMap;
+use std::fmt;
 
 use serde::{Deserialize, Serialize};
 
@@ -45,6 +46,38 @@ impl Where {
     }
 }
 
+/// Something of which the host may lie: the n-th of its kind on a queue since the host is hostile.
+///
+/// As text `cqe:5:17`, the 17th completion of queue 5.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Chance {
+    point: Point,
+    queue: u32,
+    nth: u64,
+}
+
+impl Chance {
+    const COMMAND: &str = "command";
+
+    /// The chance that is called so.
+    pub fn parse(text: &str) -> Option<Self> {
+        let mut parts = text.split(':');
+        let name = parts.next()?;
+        let named = Point::NAMED.into_iter().find(|(known, _)| *known == name).map(|(_, point)| point);
+        let point = named.or_else(|| (name == Self::COMMAND).then_some(Point::Command))?;
+        let (queue, nth) = (parts.next()?.parse().ok()?, parts.next()?.parse().ok()?);
+        parts.next().is_none().then_some(Self { point, queue, nth })
+    }
+}
+
+impl fmt::Display for Chance {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self { point, queue, nth } = self;
+        let name = if *point == Point::Command { Self::COMMAND } else { point.name() };
+        write!(f, "{name}:{queue}:{nth}")
+    }
+}
+
 /// A habit of lying.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Hostility {
@@ -79,11 +112,22 @@ pub(super) struct Liar {
     /// How often each point of each queue had its chance.
     chances: BTreeMap<(u8, u32), u64>,
     lies: u64,
+    /// Only these lies of the seed are told; all, if there is none.
+    only: Vec<Chance>,
+    /// The first [`MAX_TOLD`](Self::MAX_TOLD) that were told.
+    told: Vec<(Chance, Action)>,
 }
 
 impl Liar {
-    pub fn new(hostility: Hostility) -> Self {
-        Self { hostility, chances: BTreeMap::new(), lies: 0 }
+    /// Most lies that are remembered.
+    const MAX_TOLD: usize = 4096;
+
+    pub fn new(hostility: Hostility, only: Vec<Chance>) -> Self {
+        Self { hostility, chances: BTreeMap::new(), lies: 0, only, told: Vec::new() }
+    }
+    /// What was told so far, in order.
+    pub fn told(&self) -> &[(Chance, Action)] {
+        &self.told
     }
     /// The lie at `place`, if it is time for one, and its number.
     pub fn lie(&mut self, place: Place) -> Option<(u64, Action)> {
@@ -95,11 +139,17 @@ impl Liar {
         *chance += 1;
         let stream = *chance << 32 ^ u64::from(place.queue) << 3 ^ place.point as u64;
         let mut random = Random::new(*seed, stream);
-        if random.below((*rate).into()) != 0 {
+        let chance = Chance { point: place.point, queue: place.queue, nth: *chance };
+        let left_out = !self.only.is_empty() && !self.only.contains(&chance);
+        if random.below((*rate).into()) != 0 || left_out {
             return None;
         }
         self.lies += 1;
-        Some((self.lies, invent(place.point, &mut random)))
+        let lie = invent(place.point, &mut random);
+        if self.told.len() < Self::MAX_TOLD {
+            self.told.push((chance, lie.clone()));
+        }
+        Some((self.lies, lie))
     }
 }
 
@@ -156,7 +206,7 @@ mod tests {
     use super::*;
 
     fn lies(seed: u64, rate: u32, count: u32) -> Vec<(u64, Action)> {
-        let mut liar = Liar::new(Hostility { rate, ..Hostility::new(seed) });
+        let mut liar = Liar::new(Hostility { rate, ..Hostility::new(seed) }, Vec::new());
         (0..count).filter_map(|n| liar.lie(Place::of(Point::Cqe, n % 4))).collect()
     }
 
@@ -172,13 +222,13 @@ mod tests {
     #[test]
     fn queues_do_not_depend_on_each_other() {
         let alone = {
-            let mut liar = Liar::new(Hostility::new(5));
+            let mut liar = Liar::new(Hostility::new(5), Vec::new());
             (0..1000)
                 .filter_map(|_| liar.lie(Place::of(Point::Eqe, 1)))
                 .map(|(_, lie)| lie)
                 .collect::<Vec<_>>()
         };
-        let mut liar = Liar::new(Hostility::new(5));
+        let mut liar = Liar::new(Hostility::new(5), Vec::new());
         let mut among = Vec::new();
         for n in 0..1000 {
             among.extend(liar.lie(Place::of(Point::Eqe, 1)).map(|(_, lie)| lie));
@@ -191,10 +241,29 @@ mod tests {
     }
 
     #[test]
+    fn some_of_a_seeds_lies_are_the_same_by_themselves() {
+        let hostility = || Hostility { rate: 10, ..Hostility::new(7) };
+        let tell = |only| {
+            let mut liar = Liar::new(hostility(), only);
+            (0..1000).for_each(|n| _ = liar.lie(Place::of(Point::Cqe, n % 4)));
+            liar.told().to_vec()
+        };
+        let all = tell(Vec::new());
+        let some: Vec<_> = all.iter().skip(3).step_by(5).cloned().collect();
+        assert!(some.len() > 10);
+        let read_back = |(chance, _): &(Chance, Action)| Chance::parse(&chance.to_string()).unwrap();
+        assert_eq!(tell(some.iter().map(read_back).collect()), some);
+        for wrong in ["", "cqe", "cqe:1", "cqe:1:x", "cqe:1:2:3", "any:1:2", "command:-1:2"] {
+            assert_eq!(Chance::parse(wrong), None, "{wrong}");
+        }
+        assert_eq!(Chance::parse("command:0:3").unwrap().to_string(), "command:0:3");
+    }
+
+    #[test]
     fn it_lies_only_where_it_is_told_to() {
         let hostility = Hostility { rate: 1, at: vec![Where::Registers], ..Hostility::new(1) };
         assert_eq!(hostility.points(), 1 << Point::Reg as u8 | 1 << Point::Smc as u8);
-        let mut liar = Liar::new(hostility);
+        let mut liar = Liar::new(hostility, Vec::new());
         assert_eq!(liar.lie(Place::command(2)), None);
         assert!(liar.lie(Place::of(Point::Reg, 8)).is_some());
         assert_eq!(Where::parse("events"), Some(Where::Events));

@@ -21,7 +21,7 @@ pub mod words;
 
 pub use answer::{Answer, Value};
 pub(crate) use fault::{Action, Edit, Place, Point};
-pub use hostile::{Hostility, Where};
+pub use hostile::{Chance, Hostility, Where};
 pub(crate) use later::{HELD, Later};
 pub(crate) use plan::{Hit, Plan};
 pub use profile::{

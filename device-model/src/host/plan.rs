@@ -5,7 +5,7 @@ use std::sync::Mutex;
 use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU64, Ordering};
 
 use super::fault::{Action, Fault, Place, Point};
-use super::hostile::{Hostility, Liar};
+use super::hostile::{Chance, Hostility, Liar};
 use super::later::{Agenda, Later, Scheduled};
 use super::profile::Registers;
 use crate::sync::lock;
@@ -81,9 +81,20 @@ impl Plan {
     }
     /// Lie from now on, or be honest again.
     pub fn set_hostile(&self, hostility: Option<Hostility>) {
+        self.set_liar(hostility.map(|hostility| Liar::new(hostility, Vec::new())));
+    }
+    /// Of the lies of `hostility`, tell `only` these from now on; all, if there is none.
+    pub(super) fn set_lies(&self, hostility: Hostility, only: Vec<Chance>) {
+        self.set_liar(Some(Liar::new(hostility, only)));
+    }
+    fn set_liar(&self, liar: Option<Liar>) {
         let mut state = lock(&self.state);
-        state.liar = hostility.map(Liar::new);
+        state.liar = liar;
         self.watch(&state);
+    }
+    /// Lies that were told since the host is hostile, as far as they are remembered.
+    pub(super) fn told(&self) -> Vec<(Chance, Action)> {
+        lock(&self.state).liar.as_ref().map_or_else(Vec::new, |liar| liar.told().to_vec())
     }
     /// Set `fault`; the answer is its id, or `None` if there are too many.
     pub(super) fn add(&self, fault: Fault) -> Option<u64> {

@@ -10,7 +10,8 @@
 //! | `event stop [ID]` | nothing |
 //! | `limits max-msix=N max-queues=N ports=N ...` | nothing; the host shows these from the next channel on |
 //! | `profile NAME`, `profile list` | nothing, the host shows this profile from then on; `profiles`: their names |
-//! | `hostile SEED [rate=N] [at=WHERE]...`, `hostile stop` | nothing; one in `rate` (100) is a lie from now on, or no more |
+//! | `hostile SEED [rate=N] [at=WHERE]... [only=LIE]...`, `hostile stop` | nothing; one in `rate` (100) is a lie from now on, or no more; of the seed's lies only these |
+//! | `hostile list` | `lies`: those that were told, each with its name (`lie`, as `only` takes it) and `text` |
 //! | `mark NAME` | nothing; the name goes into the trace, and commands are counted from here |
 //! | `commands` | `commands`: commands of the hardware channel since the mark |
 //! | `ledger`, `counters`, `rules` | live objects, counters, broken rules by name |
@@ -34,7 +35,7 @@
 
 use super::answer::Answer;
 use super::fault::{Action, Edit, Fault, Matcher, NS_PER_MS, Point};
-use super::hostile::{Hostility, Where};
+use super::hostile::{Chance, Hostility, Where};
 use super::later::{Scheduled, eqe};
 use super::plan::Plan;
 use super::profile::Profile;
@@ -65,7 +66,9 @@ pub(crate) enum Words {
     /// Show these limits from the next channel on.
     Limits(Vec<(String, u32)>),
     /// Lie, or be honest again.
-    Hostile(Option<Hostility>),
+    Hostile(Option<(Hostility, Vec<Chance>)>),
+    /// What lies were told?
+    Lies,
     /// Name this moment.
     Mark(String),
     /// How many commands since the mark?
@@ -104,8 +107,9 @@ impl Words {
             ["profile", ..] => Err("`profile` wants one name, or list".into()),
             ["limits", rest @ ..] => limits(rest).map(Self::Limits),
             ["hostile", "stop"] => Ok(Self::Hostile(None)),
+            ["hostile", "list"] => Ok(Self::Lies),
             ["hostile", seed, rest @ ..] => hostile(seed, rest).map(|it| Self::Hostile(Some(it))),
-            ["hostile"] => Err("`hostile` wants a seed, or stop".into()),
+            ["hostile"] => Err("`hostile` wants a seed, list or stop".into()),
             ["mark", name] => Ok(Self::Mark((*name).to_owned())),
             ["mark", ..] => Err("`mark` wants one name".into()),
             ["commands"] => Ok(Self::Commands),
@@ -140,16 +144,19 @@ fn at_most<T: TryFrom<u64>>(name: &str, text: &str, most: u64) -> Result<T, Stri
 }
 
 /// What stands behind `hostile`.
-fn hostile(seed: &str, words: &[&str]) -> Result<Hostility, String> {
+fn hostile(seed: &str, words: &[&str]) -> Result<(Hostility, Vec<Chance>), String> {
     let mut hostility = Hostility::new(number("hostile", seed)?);
-    let mut at = Vec::new();
+    let (mut at, mut only) = (Vec::new(), Vec::new());
     for word in words {
         match word.split_once('=') {
             Some(("rate", value)) => hostility.rate = at_most("rate", value, u32::MAX.into())?,
             Some(("at", value)) => at.push(Where::parse(value).ok_or_else(|| {
                 format!("at must be completions, events, messages or registers, not `{value}`")
             })?),
-            _ => return Err(format!("there is no `{word}` here, but rate=N and at=WHERE")),
+            Some(("only", value)) => only.push(Chance::parse(value).ok_or_else(|| {
+                format!("only must be a lie as `hostile list` names it, cqe:5:17 for one, not `{value}`")
+            })?),
+            _ => return Err(format!("there is no `{word}` here, but rate=N, at=WHERE and only=LIE")),
         }
     }
     if hostility.rate == 0 {
@@ -158,7 +165,7 @@ fn hostile(seed: &str, words: &[&str]) -> Result<Hostility, String> {
     if !at.is_empty() {
         hostility.at = at;
     }
-    Ok(hostility)
+    Ok((hostility, only))
 }
 
 /// What stands behind `limits`.
@@ -406,9 +413,19 @@ impl Plan {
                 true => Ok(Answer::default()),
                 false => Err(format!("there is no event {} to come", id.unwrap_or_default())),
             },
-            Words::Hostile(hostility) => {
-                self.set_hostile(hostility.clone());
+            Words::Hostile(None) => {
+                self.set_hostile(None);
                 Ok(Answer::default())
+            }
+            Words::Hostile(Some((hostility, only))) => {
+                self.set_lies(hostility.clone(), only.clone());
+                Ok(Answer::default())
+            }
+            Words::Lies => {
+                let lies = self.told().into_iter().map(|(chance, action)| {
+                    Answer(vec![("lie", chance.to_string().into()), ("text", action.to_string().into())])
+                });
+                Ok(Answer::one("lies", lies.collect::<Vec<_>>()))
             }
             Words::Mark(_) => {
                 self.mark();
@@ -486,6 +503,7 @@ mod tests {
             ("hostile 1 rate=0", "1 (always)"),
             ("hostile 1 at=home", "not `home`"),
             ("hostile 1 often", "no `often` here"),
+            ("hostile 1 only=cqe", "not `cqe`"),
             ("event", "list, stop, or a type"),
             ("event lunch", "not `lunch`, or a type: a number, fpga-reconfig"),
             ("event 300", "at most 0xff"),
