@@ -102,7 +102,7 @@ impl Vcpu {
     }
 
     /// The state of this CPU, which has been stopped; `msrs` are those that KVM says make it up.
-    fn save(&self, msrs: &[u32]) -> anyhow::Result<CpuState> {
+    pub fn save(&self, msrs: &[u32]) -> anyhow::Result<CpuState> {
         CpuState::save(&self.fd, msrs).with_context(|| format!("CPU {}", self.index))
     }
 

@@ -35,7 +35,7 @@ use crate::pci_host::plan::Wish;
 use crate::pci_host::{PciFunction, PciHost};
 use crate::seccomp::{self, Role};
 use crate::snapshot::chips::ChipsState;
-use crate::snapshot::cpu::msr_list;
+use crate::snapshot::cpu::{CpuState, msr_list};
 use crate::snapshot::{self, MachineState, Snapshot, Unfinished};
 use crate::stop::{EXEC_FAILED, Outcome, Stop};
 use crate::trace::TraceFile;
@@ -171,12 +171,21 @@ struct Machine {
 impl Machine {
     /// Power on, or take up where `restored` was saved.
     fn build(config: &VmConfig, outside: &Outside, restored: Option<&Snapshot>) -> anyhow::Result<Self> {
+        if let Some(snapshot) = restored {
+            let machine = Self::assemble(config, outside, snapshot.ram()?)?;
+            machine.take_up(&snapshot.state).context("--restore")?;
+            return Ok(machine);
+        }
+        let machine = Self::assemble(config, outside, memory::allocate(config.memory)?)?;
+        let entry = power_on(config, &machine.memory, &machine.pci)?;
+        machine.vcpus.first().context("--cpus: there must be one")?.set_entry(&entry)?;
+        Ok(machine)
+    }
+
+    /// All that a machine consists of, before any of it has done anything.
+    fn assemble(config: &VmConfig, outside: &Outside, memory: GuestMemoryMmap) -> anyhow::Result<Self> {
         let kvm = Kvm::new().context("/dev/kvm can't be used")?;
         let vm = Arc::new(kvm.create_vm().context("KVM_CREATE_VM")?);
-        let memory = match restored {
-            Some(snapshot) => snapshot.ram()?,
-            None => memory::allocate(config.memory)?,
-        };
         memory::register(&vm, &memory)?;
         irq::create_irqchip(&vm)?;
 
@@ -217,18 +226,9 @@ impl Machine {
         let exits = ExitCounts::new(config.topology.cpus);
         agent.set_exits(exits.clone());
         let vcpus = create_vcpus(config, &kvm, &vm, &exits)?;
-        if restored.is_none() {
-            let entry = power_on(config, &memory, &pci)?;
-            vcpus.first().context("--cpus: there must be one")?.set_entry(&entry)?;
-        }
         let (bus, clock) = (Arc::new(bus), outside.clock.clone());
         let msrs = msr_list(&kvm)?;
-        let machine =
-            Self { events, vcpus, nics, virtio, bus, pci, legacy, console, stop, clock, msrs, vm, memory };
-        if let Some(snapshot) = restored {
-            machine.take_up(&snapshot.state).context("--restore")?;
-        }
-        Ok(machine)
+        Ok(Self { events, vcpus, nics, virtio, bus, pci, legacy, console, stop, clock, msrs, vm, memory })
     }
 
     /// Become what `state` says: devices, then CPUs, then chips and clock. RAM is there already.
@@ -306,20 +306,25 @@ impl Machine {
     /// Write the machine, which stands still, to a file at `path`; the answer is its size.
     fn save(&self, path: &Path, around: &Saving<'_>) -> anyhow::Result<u64> {
         let _nobody_asks = around.control.hold();
-        let state = MachineState {
-            options: snapshot::Options::of(around.config),
-            cpus: around.vcpus.save(&self.msrs)?,
-            chips: ChipsState::save(&self.vm)?,
-            legacy: self.legacy.save(),
-            pci: self.pci.save(),
-            cards: self.nics.iter().map(|nic| nic.device().save()).collect(),
-        };
+        let state = self.state(around.config, around.vcpus.save(&self.msrs)?)?;
         let name = || format!("save {}", path.display());
         // Never into a file that a machine was restored from: others may use it.
         let whole = Unfinished::create(path).with_context(name)?;
         let size = Snapshot::write(whole.file(), &state, &self.memory).with_context(name)?;
         whole.finish().with_context(name)?;
         Ok(size)
+    }
+
+    /// All but RAM, with the state of the CPUs.
+    fn state(&self, config: &VmConfig, cpus: Vec<CpuState>) -> anyhow::Result<MachineState> {
+        Ok(MachineState {
+            options: snapshot::Options::of(config),
+            cpus,
+            chips: ChipsState::save(&self.vm)?,
+            legacy: self.legacy.save(),
+            pci: self.pci.save(),
+            cards: self.nics.iter().map(|nic| nic.device().save()).collect(),
+        })
     }
 
     /// Run until something ends it; the answer is what, and the status of the `--exec` command.
@@ -476,65 +481,4 @@ fn command_line(config: &VmConfig) -> String {
 }
 
 #[cfg(test)]
-mod tests {
-    use std::{env, fs};
-
-    use super::*;
-    use crate::config::{Accel, Topology};
-
-    /// Set where the test has a process of its own.
-    const ALONE: &str = "MANA_TEST_ALONE";
-
-    /// Other tests in this process have traces and threads of theirs, so that it runs once more, by itself.
-    #[test]
-    fn the_traces_thread_leaves_signals_to_the_event_loop() {
-        if env::var_os(ALONE).is_none() {
-            let name = "vm::tests::the_traces_thread_leaves_signals_to_the_event_loop";
-            let mut command = std::process::Command::new(env::current_exe().unwrap());
-            let output = command.args(["--exact", name]).env(ALONE, "1").output().unwrap();
-            let said = String::from_utf8_lossy(&output.stdout);
-            assert!(output.status.success() && said.contains("1 passed"), "{said}");
-            return;
-        }
-        let trace = tempfile::NamedTempFile::new().unwrap();
-        let _outside = Outside::open(&config(trace.path())).unwrap();
-        // The first thread is the test harness's, which began before.
-        let harness = std::process::id().to_string();
-        let threads = fs::read_dir("/proc/self/task").unwrap().map(|thread| thread.unwrap());
-        let ours: Vec<_> = threads.filter(|thread| *thread.file_name() != *harness).collect();
-        assert_eq!(ours.len(), 2, "this one, and the trace's");
-        for thread in ours {
-            let status = fs::read_to_string(thread.path().join("status")).unwrap();
-            let blocked = status.lines().find_map(|line| line.strip_prefix("SigBlk:\t")).unwrap();
-            let blocked = u64::from_str_radix(blocked, 16).unwrap();
-            for signal in [libc::SIGINT, libc::SIGTERM, libc::SIGHUP] {
-                assert!(blocked & 1 << (signal - 1) != 0, "signal {signal} is not in {blocked:#x}");
-            }
-        }
-    }
-
-    fn config(trace: &Path) -> VmConfig {
-        VmConfig {
-            kernel: PathBuf::new(),
-            initrd: None,
-            modules: None,
-            driver: None,
-            append: String::new(),
-            exec: None,
-            topology: Topology { cpus: 1, threads: 1, cores: 1, sockets: 1, nodes: 1 },
-            memory: 1 << 29,
-            accel: Accel::Kvm,
-            netdevs: Vec::new(),
-            nics: Vec::new(),
-            virtio_nics: Vec::new(),
-            disks: Vec::new(),
-            trace: Some(trace.to_owned()),
-            control: None,
-            restore: None,
-            lies: None,
-            console: None,
-            timeout: None,
-            seccomp: seccomp::Mode::Off,
-        }
-    }
-}
+mod tests;
