@@ -21,6 +21,8 @@ use crate::legacy;
 use crate::snapshot::Snapshot;
 use crate::stop::Outcome;
 
+/// How often it is said how far it has come.
+const PROGRESS: Duration = Duration::from_secs(60);
 /// Most machines that are tried to find the shortest list of lies.
 const MAX_CUTS: usize = 200;
 
@@ -66,6 +68,7 @@ pub(super) fn run(
 ) -> anyhow::Result<ExitCode> {
     let around = Around { config, outside, snapshot, lies };
     let begin = Instant::now();
+    let mut said = begin;
     let mut tally = Tally::default();
     for seed in lies.first..=lies.last {
         let trial = around.attempt(seed, &lies.only)?;
@@ -85,6 +88,10 @@ pub(super) fn run(
         }
         if outside.is_over() {
             break;
+        }
+        if said.elapsed() >= PROGRESS {
+            said = Instant::now();
+            eprintln!("mana-vmm: {}", tally.sum(begin.elapsed()));
         }
     }
     tally.say(begin.elapsed());
@@ -110,17 +117,22 @@ impl Tally {
         }
     }
 
-    fn say(&self, elapsed: Duration) {
-        let Self { seeds, lies, crashes } = self;
+    fn sum(&self, elapsed: Duration) -> String {
         let an_hour = |count: u64| count as f64 * 3600.0 / elapsed.as_secs_f64();
-        let crashed: u64 = crashes.values().map(|(count, _)| count).sum();
-        eprintln!(
-            "mana-vmm: {seeds} seeds with {lies} lies in {} s, {:.0} and {:.0} an hour; the guest crashed with {crashed}",
+        let crashed: u64 = self.crashes.values().map(|(count, _)| count).sum();
+        format!(
+            "{} seeds with {} lies in {} s, {:.0} and {:.0} an hour; the guest crashed with {crashed}",
+            self.seeds,
+            self.lies,
             elapsed.as_secs(),
-            an_hour(*seeds),
-            an_hour(*lies),
-        );
-        let mut most: Vec<_> = crashes.iter().collect();
+            an_hour(self.seeds),
+            an_hour(self.lies),
+        )
+    }
+
+    fn say(&self, elapsed: Duration) {
+        eprintln!("mana-vmm: {}", self.sum(elapsed));
+        let mut most: Vec<_> = self.crashes.iter().collect();
         most.sort_by_key(|(_, (count, _))| std::cmp::Reverse(*count));
         for (what, (count, first)) in most {
             eprintln!("mana-vmm:   {count} times, first with seed {first}: {what}");
@@ -235,6 +247,22 @@ mod tests {
         }
         assert_eq!(shortest(vec![1], |_: &[i32]| Ok(true)).unwrap(), [1], "there is one at least");
         assert!(shortest(Vec::new(), |_: &[i32]| Ok(true)).unwrap().is_empty());
+    }
+
+    #[test]
+    fn crashes_are_told_apart_by_what_they_are_about() {
+        let mut tally = Tally::default();
+        let warning = |seconds| {
+            Some(format!("[ {seconds}.5] WARNING: a.c:1 at mana_poll+0x1/0x2 [mana], CPU#{seconds}"))
+        };
+        for (seed, line) in [None, warning(1), Some("[ 3.0] BUG: gone".into()), warning(2)].iter().enumerate()
+        {
+            tally.count(seed as u64, 5, line.as_deref());
+        }
+        let sum = tally.sum(Duration::from_secs(36));
+        assert_eq!(sum, "4 seeds with 20 lies in 36 s, 400 and 2000 an hour; the guest crashed with 3");
+        let about: Vec<_> = tally.crashes.into_iter().collect();
+        assert_eq!(about, [("BUG: gone".into(), (1, 2)), ("WARNING at mana_poll+0x1".into(), (2, 1))]);
     }
 
     #[test]
