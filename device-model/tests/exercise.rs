@@ -3,9 +3,10 @@
 use std::path::PathBuf;
 use std::sync::Arc;
 
-use mana_device::observe::{Event, Observer};
-use mana_test_driver::exercise::seeds::{dictionary, seeds};
+use mana_device::observe::{Event, Fields, Observer, QueueKind};
+use mana_test_driver::exercise::seeds::{self, dictionary, seeds};
 use mana_test_driver::exercise::{Machine, Play, TARGETS, case};
+use serde_json::Value;
 
 /// Inputs of any bytes for each target.
 const ANY: u32 = 200;
@@ -86,6 +87,79 @@ fn the_corpora_hold_what_a_driver_does() {
         std::fs::write(file, &words).unwrap();
     }
     assert!(std::fs::read_to_string(file).unwrap_or_default() == words, "{file}: BLESS=1 renews it");
+}
+
+/// Kernels' own drivers are there, too. `MANA_TRACES=FOLDER` makes inputs of the traces in it (`boot --trace`), each
+/// named by its file.
+#[test]
+fn the_corpora_hold_what_real_boots_did() {
+    let traces = std::env::var_os("MANA_TRACES").map(PathBuf::from);
+    for trace in traces.iter().flat_map(|folder| std::fs::read_dir(folder).unwrap()) {
+        let path = trace.unwrap().path();
+        let text = std::fs::read_to_string(&path).unwrap();
+        let events: Vec<_> =
+            text.lines().filter_map(|line| event(&serde_json::from_str(line).unwrap())).collect();
+        let name = path.file_stem().unwrap().to_string_lossy();
+        assert!(events.iter().any(|event| matches!(event, Event::HwcRequest { .. })), "{name}: no driver");
+        for (target, name, input) in seeds::of(&name, &events) {
+            let folder = PathBuf::from(concat!(env!("CARGO_MANIFEST_DIR"), "/fuzz/corpus")).join(target);
+            std::fs::write(folder.join(format!("boot-{name}")), input).unwrap();
+        }
+    }
+    for target in ["config", "bar0", "hwc", "device"] {
+        let names = corpus(target).into_iter().map(|(path, _)| path.file_name().unwrap().to_owned());
+        let boots = names.filter(|name| name.to_string_lossy().starts_with("boot-")).count();
+        assert!(boots >= 3, "{target} has {boots} of real boots");
+    }
+}
+
+/// A line of a trace, if it is of a kind that inputs are made of.
+fn event(line: &Value) -> Option<Event> {
+    let number = |name: &str| line[name].as_u64().unwrap_or_default();
+    let is = |name: &str| line[name].as_bool().unwrap_or_default();
+    let vector = number("vector") as u16;
+    let (table_size, masked) = (number("table_size") as u16, is("masked"));
+    Some(match line["event"].as_str()? {
+        "pci.command" => Event::PciCommand { memory: is("memory"), bus_master: is("bus_master") },
+        "msix.enable" => Event::MsixEnable { table_size, masked },
+        "msix.disable" => Event::MsixDisable { table_size, masked },
+        "msix.program" => {
+            Event::MsixProgram { vector, address: number("address"), data: number("data") as u32 }
+        }
+        "msix.mask" => Event::MsixMask { vector },
+        "msix.unmask" => Event::MsixUnmask { vector },
+        "msix.fire" => Event::MsixFire { vector },
+        "reg.read" => {
+            Event::RegRead { offset: number("offset"), size: number("size") as u8, value: number("value") }
+        }
+        "smc.request" => Event::SmcRequest {
+            kind: match line["type"].as_str()? {
+                "ESTABLISH_HWC" => "ESTABLISH_HWC",
+                "DESTROY_HWC" => "DESTROY_HWC",
+                _ => "UNKNOWN",
+            },
+        },
+        "hwc.request" => Event::HwcRequest {
+            seq: number("seq"),
+            command: "",
+            code: number("code") as u32,
+            version: number("version") as u16,
+            fields: Fields::default(),
+        },
+        "queue.create" => Event::QueueCreate {
+            kind: match line["kind"].as_str()? {
+                "eq" => QueueKind::Eq,
+                "cq" => QueueKind::Cq,
+                "sq" => QueueKind::Sq,
+                _ => QueueKind::Rq,
+            },
+            id: number("id") as u32,
+            eq: None,
+            msix: None,
+            entries: number("entries") as u32,
+        },
+        _ => return None,
+    })
 }
 
 /// A card that has lived through other cases shows the same as one that is new.

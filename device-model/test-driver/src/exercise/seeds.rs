@@ -1,5 +1,5 @@
-//! What the fuzz targets start from: what the in-process driver did to its card, step by step, written down as their
-//! inputs. The card's own events tell.
+//! What the fuzz targets start from: what the in-process driver did to its card, and kernels' own drivers in traces of
+//! their boots, step by step, written down as their inputs. The card's own events tell.
 
 use std::collections::BTreeSet;
 
@@ -27,16 +27,22 @@ pub type Seed = (&'static str, String, Vec<u8>);
 pub fn seeds() -> Vec<Seed> {
     let mut seeds = Vec::new();
     for (name, generation) in GENERATIONS {
-        let events = record(generation);
-        seeds.push(("config", name.to_owned(), events.iter().flat_map(config).collect()));
-        seeds.push(("bar0", name.to_owned(), events.iter().flat_map(bar0).collect()));
-        seeds.push(("hwc", name.to_owned(), events.iter().flat_map(hwc).collect()));
-        let life = [vec![0, 17, 1, 17, 2], events.iter().flat_map(device).collect()].concat();
-        seeds.push(("device", name.to_owned(), life));
+        seeds.extend(of(name, &record(generation)));
     }
     seeds.extend(traffic());
     seeds.extend(states());
     seeds
+}
+
+/// What `events` tell of a driver's life, as inputs of this `name`.
+pub fn of(name: &str, events: &[Event]) -> Vec<Seed> {
+    let life = [vec![0, 17, 1, 17, 2], events.iter().flat_map(device).collect()].concat();
+    vec![
+        ("config", name.to_owned(), events.iter().flat_map(config).collect()),
+        ("bar0", name.to_owned(), events.iter().flat_map(bar0).collect()),
+        ("hwc", name.to_owned(), events.iter().flat_map(hwc).collect()),
+        ("device", name.to_owned(), life),
+    ]
 }
 
 /// States of a card: new, with a channel, with a port that has buffers and frames under way.
