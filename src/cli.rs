@@ -204,10 +204,11 @@ pub struct BootArgs {
         conflicts_with_all = ["guest", "kernel", "initrd", "modules", "driver", "append"]
     )]
     restore: Option<PathBuf>,
-    /// Have the machine of --restore go on once for each seed, from where it was saved, under a host that lies
-    /// (device=mana,hostile=SEED): `FIRST[-LAST][,rate=N][,at=completions|events|messages|registers]...[,for=MS][,only=LIE]...`;
-    /// MS is 2000. Exit code 2 if the guest crashed with any, and what it had been told is said.
-    #[arg(long, value_name = "SEEDS[,KEY=VALUE]...", requires = "restore")]
+    /// Run the machine once for each seed, under a host that lies (device=mana,hostile=SEED):
+    /// `FIRST[-LAST][,rate=N][,at=completions|events|messages|registers]...[,for=MS][,only=LIE]...`. With --restore it
+    /// goes on from where it was saved, for MS 2000; without, it boots each time, and the driver is lied to from its probe
+    /// on, for MS 60000 or until --exec ends. Exit code 2 if the guest crashed with any, and what it had been told is said.
+    #[arg(long, value_name = "SEEDS[,KEY=VALUE]...")]
     lies: Option<String>,
     /// Of the lies that crashed the guest, find the shortest list that still does.
     #[arg(long, requires = "lies")]
@@ -256,7 +257,7 @@ impl BootArgs {
             timeout: self.timeout.map(Duration::from_secs),
             control: self.control,
             restore: None,
-            lies: None,
+            lies: self.lies.as_deref().map(|text| options::lies(text, self.minimise)).transpose()?,
             seccomp: self.seccomp,
         })
     }

@@ -168,13 +168,13 @@ pub struct VmConfig {
     pub control: Option<PathBuf>,
     /// Go on with the machine in this file instead of booting a kernel.
     pub restore: Option<PathBuf>,
-    /// Have it go on many times, under a host that lies.
+    /// Run it many times, under a host that lies.
     pub lies: Option<Lies>,
     /// Filters of system calls.
     pub seccomp: seccomp::Mode,
 }
 
-/// What the host of a restored machine lies about, time after time.
+/// What the host of a machine lies about, time after time.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Lies {
     /// Seed of the first time; each further time has the next.
@@ -187,15 +187,18 @@ pub struct Lies {
     pub at: Vec<String>,
     /// Only these lies, as `hostile list` names them; all, if there is none.
     pub only: Vec<String>,
-    /// Milliseconds that the machine runs each time.
-    pub span_ms: u64,
+    /// Milliseconds that the machine runs each time at most, if not the usual.
+    pub span_ms: Option<u64>,
     /// Find the shortest list of lies that crashes the guest.
     pub minimise: bool,
 }
 
 impl Lies {
-    /// Milliseconds, if nobody says otherwise.
-    pub const SPAN_MS: u64 = 2000;
+    /// How long the machine runs each time: 2 s from where it was saved, a minute if it boots.
+    pub fn span(&self, restored: bool) -> Duration {
+        let usual = if restored { 2_000 } else { 60_000 };
+        Duration::from_millis(self.span_ms.unwrap_or(usual))
+    }
 
     /// The words for the simulated host: the lies of `seed`, or `only` these of them.
     pub fn words(&self, seed: u64, only: &[String]) -> Vec<String> {
@@ -208,7 +211,8 @@ impl Lies {
     /// The part of the option that stands behind the seeds, as far as it says how the host lies.
     pub fn how(&self) -> String {
         let at: Vec<_> = self.at.iter().map(|place| format!(",at={place}")).collect();
-        format!(",rate={},for={}{}", self.rate, self.span_ms, at.concat())
+        let span = self.span_ms.map_or_else(String::new, |ms| format!(",for={ms}"));
+        format!(",rate={}{span}{}", self.rate, at.concat())
     }
 }
 

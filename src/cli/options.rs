@@ -371,7 +371,7 @@ pub fn lies(text: &str, minimise: bool) -> Result<Lies, OptionError> {
     })?;
     let (first, last) = seeds.ok_or_else(|| options.error("seeds", "is missing: FIRST or FIRST-LAST"))?;
     let rate = options.take_number("rate", 1..=u32::MAX.into())?.unwrap_or(Hostility::RATE);
-    let span_ms = options.take_number("for", 1..=3_600_000)?.unwrap_or(Lies::SPAN_MS);
+    let span_ms = options.take_number("for", 1..=3_600_000)?;
     let (at, only) = (options.take_all("at"), options.take_all("only"));
     if let Some(wrong) = at.iter().find(|text| Where::parse(text).is_none()) {
         let reason = format!("must be completions, events, messages or registers, not `{wrong}`");
@@ -441,12 +441,12 @@ mod tests {
     fn lies_have_seeds_and_ways() {
         let all =
             lies("7-9,rate=20,at=events,at=messages,for=500,only=cqe:5:17,only=command:0:2", true).unwrap();
-        assert_eq!((all.first, all.last, all.rate, all.span_ms, all.minimise), (7, 9, 20, 500, true));
+        assert_eq!((all.first, all.last, all.rate, all.span_ms, all.minimise), (7, 9, 20, Some(500), true));
         let words = "hostile 8 rate=20 at=events at=messages only=cqe:5:17";
         assert_eq!(all.words(8, &all.only[..1]).join(" "), words);
         assert_eq!(all.how(), ",rate=20,for=500,at=events,at=messages");
         let one = lies("3", false).unwrap();
-        assert_eq!((one.first, one.last, one.rate, one.span_ms), (3, 3, Hostility::RATE, Lies::SPAN_MS));
+        assert_eq!((one.first, one.last, one.rate, one.span_ms), (3, 3, Hostility::RATE, None));
         for (wrong, reason) in [
             ("9-7", "FIRST-LAST"),
             ("x", "FIRST-LAST"),

@@ -1,8 +1,9 @@
-//! Lies by the thousand: a saved machine goes on again and again, each time under a host that tells the lies of another
-//! seed, for as long as it takes a driver to fall over them.
+//! Lies by the thousand: a machine runs again and again, each time under a host that tells the lies of another seed, for
+//! as long as it takes a driver to fall over them.
 //!
-//! Nothing is booted: RAM is mapped anew from the file, copy on write, so that a trial costs little more than the time
-//! that it is given. What a seed tells is told the same way the next time, as far as the guest does the same.
+//! From a saved machine nothing is booted: RAM is mapped anew from the file, copy on write, so that a trial costs little
+//! more than the time that it is given. Without one each trial is a boot, and the driver's probe is lied to, too. What a
+//! seed tells is told the same way the next time, as far as the guest does the same.
 
 use std::collections::BTreeMap;
 use std::fmt;
@@ -56,14 +57,14 @@ impl Trial {
     }
 }
 
-/// The machine of `snapshot`, once for each seed of `lies`.
+/// The machine of `snapshot`, or a new one, once for each seed of `lies`.
 ///
 /// # Errors
 /// Anything of the host's that fails.
 pub(super) fn run(
     config: &VmConfig,
     outside: &Outside,
-    snapshot: &Snapshot,
+    snapshot: Option<&Snapshot>,
     lies: &Lies,
 ) -> anyhow::Result<ExitCode> {
     let around = Around { config, outside, snapshot, lies };
@@ -143,23 +144,23 @@ impl Tally {
 struct Around<'a> {
     config: &'a VmConfig,
     outside: &'a Outside,
-    snapshot: &'a Snapshot,
+    snapshot: Option<&'a Snapshot>,
     lies: &'a Lies,
 }
 
 impl Around<'_> {
-    /// The machine goes on with a host that tells the lies of `seed`, or `only` these of them.
+    /// The machine runs with a host that tells the lies of `seed`, or `only` these of them.
     fn attempt(&self, seed: u64, only: &[String]) -> anyhow::Result<Trial> {
         let Self { config, outside, snapshot, lies } = self;
-        let mut machine = Machine::build(config, outside, Some(snapshot))?;
+        let mut machine = Machine::build(config, outside, *snapshot)?;
         let devices: Vec<Arc<ManaDevice>> = machine.nics.iter().map(|nic| nic.device().clone()).collect();
         for device in &devices {
             let asked = device.control(&["mark".to_owned(), format!("seed-{seed}")]);
             let asked = asked.and_then(|_| device.control(&lies.words(seed, only)));
             asked.map_err(anyhow::Error::msg)?;
         }
-        let span = Duration::from_millis(lies.span_ms);
-        machine.events.add_subscriber(Box::new(Timeout::new(span, machine.stop.clone())?));
+        let span = Timeout::new(lies.span(snapshot.is_some()), machine.stop.clone())?;
+        machine.events.add_subscriber(Box::new(span));
         let (outcome, _) = machine.run(config, outside)?;
         let told = devices
             .iter()
