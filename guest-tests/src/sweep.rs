@@ -133,6 +133,7 @@ impl State {
                 }
                 Some("end") => {
                     begun = None;
+                    self.problems.extend(nothing_swept(&event));
                     self.done += 1;
                     self.next = 1;
                 }
@@ -173,6 +174,12 @@ impl State {
         point["command"] = command.into();
         self.points.push(point);
     }
+}
+
+/// What is wrong with a sweep whose end this is, if it struck nothing: then it has shown nothing.
+fn nothing_swept(end: &Value) -> Option<String> {
+    let fault = end["do"].as_str().unwrap_or_default();
+    (end["commands"] == 0).then(|| format!("{fault}: the action sends no command, so that nothing was swept"))
 }
 
 /// One line for all points in a row that show the same.
@@ -230,6 +237,13 @@ fn left(point: &Value, command: &str) -> Option<String> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_sweep_of_nothing_has_shown_nothing() {
+        let end = |commands: u64| json!({ "sweep": "end", "do": "drop", "commands": commands });
+        assert_eq!(nothing_swept(&end(1)), None);
+        assert!(nothing_swept(&end(0)).unwrap().starts_with("drop: the action sends no command"));
+    }
 
     #[test]
     fn points_that_show_the_same_share_a_line() {
