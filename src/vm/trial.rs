@@ -153,7 +153,7 @@ impl Around<'_> {
     fn attempt(&self, seed: u64, only: &[String]) -> anyhow::Result<Trial> {
         let Self { config, outside, snapshot, lies } = self;
         let mut machine = Machine::build(config, outside, *snapshot)?;
-        let devices: Vec<Arc<ManaDevice>> = machine.nics.iter().map(|nic| nic.device().clone()).collect();
+        let devices = machine.cards();
         for device in &devices {
             let asked = device.control(&["mark".to_owned(), format!("seed-{seed}")]);
             let asked = asked.and_then(|_| device.control(&lies.words(seed, only)));
@@ -162,10 +162,7 @@ impl Around<'_> {
         let span = Timeout::new(lies.span(snapshot.is_some()), machine.stop.clone())?;
         machine.events.add_subscriber(Box::new(span));
         let (outcome, _) = machine.run(config, outside)?;
-        let told = devices
-            .iter()
-            .map(|device| device.control(&["hostile", "list"]).map_or_else(|_| Vec::new(), told));
-        Ok(Trial { outcome, told: told.flatten().collect() })
+        Ok(Trial { outcome, told: all_told(&devices) })
     }
 
     /// The shortest list of lies that is found to crash the guest with `seed`: halves are left out, then quarters, as
@@ -211,6 +208,20 @@ fn shortest<T: Clone>(
         }
     }
     Ok(items)
+}
+
+/// Say on standard error what lies the hosts of `cards` have told, if any.
+pub(super) fn say_lies(cards: &[Arc<ManaDevice>]) {
+    let told = all_told(cards);
+    if !told.is_empty() {
+        eprintln!("mana-vmm: the host had told {} lies:", told.len());
+        told.iter().for_each(|lie| eprintln!("mana-vmm:   {lie}"));
+    }
+}
+
+fn all_told(cards: &[Arc<ManaDevice>]) -> Vec<Lie> {
+    let answers = cards.iter().map(|card| card.control(&["hostile", "list"]));
+    answers.flat_map(|answer| answer.map_or_else(|_| Vec::new(), told)).collect()
 }
 
 /// The lies in an answer to `hostile list`.
