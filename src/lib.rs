@@ -11,6 +11,7 @@ pub mod config;
 pub mod control;
 pub mod cpio;
 pub mod events;
+pub mod exits;
 pub mod initramfs;
 pub mod irq;
 pub mod keyval;

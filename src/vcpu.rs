@@ -1,6 +1,6 @@
 //! vCPUs: one thread each, which runs guest code and hands its accesses to the bus.
 
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
 use std::time::Duration;
@@ -12,34 +12,13 @@ use vmm_sys_util::signal::{Killable, SIGRTMIN, register_signal_handler};
 
 use crate::boot::{self, EntryState};
 use crate::bus::Bus;
+use crate::exits::ExitCounts;
 use crate::seccomp::{self, Role};
 use crate::snapshot::cpu::CpuState;
 use crate::stop::{Outcome, Stop};
 
 /// A CPU that was between two runs when it was kicked is kicked again after this long.
 const KICK_INTERVAL: Duration = Duration::from_millis(2);
-
-/// How often each CPU has come out of the guest to us, for others to read while it runs.
-#[derive(Debug)]
-pub struct ExitCounts(Box<[AtomicU64]>);
-
-impl ExitCounts {
-    /// For `cpus` CPUs.
-    pub fn new(cpus: u32) -> Arc<Self> {
-        Arc::new(Self((0..cpus).map(|_| AtomicU64::new(0)).collect()))
-    }
-
-    /// All CPUs' together.
-    pub fn sum(&self) -> u64 {
-        self.0.iter().map(|count| count.load(Ordering::Relaxed)).sum()
-    }
-
-    fn bump(&self, cpu: u32) {
-        if let Some(count) = self.0.get(cpu as usize) {
-            count.fetch_add(1, Ordering::Relaxed);
-        }
-    }
-}
 
 /// A CPU that has not run yet.
 pub struct Vcpu {
@@ -88,6 +67,7 @@ impl Vcpu {
             vm.create_vcpu(u64::from(apic_id)).with_context(|| format!("KVM_CREATE_VCPU for CPU {index}"))?;
         fd.set_cpuid2(cpuid).with_context(|| format!("KVM_SET_CPUID2 for CPU {index}"))?;
         boot::set_msrs(&fd)?;
+        counts.watch(index, &fd);
         Ok(Self { index, fd, exits: Exits::default(), counts: counts.clone() })
     }
 

@@ -26,6 +26,7 @@ use crate::config::{Slot, VmConfig};
 use crate::control::desk::{self, Desk};
 use crate::control::{Control, ControlSocket};
 use crate::events::{EventLoop, Signals, StopListener, Timeout, WishListener};
+use crate::exits::ExitCounts;
 use crate::irq::{self, IrqLine, LevelLine, MsiRoutes};
 use crate::legacy::{
     AcpiPm, AgentPort, Console, ConsoleTimers, I8042, Legacy, Pvpanic, Rtc, RtcAlarm, SerialInput, SerialPort,
@@ -40,7 +41,7 @@ use crate::snapshot::cpu::{CpuState, msr_list};
 use crate::snapshot::{self, MachineState, Snapshot, Unfinished};
 use crate::stop::{EXEC_FAILED, Outcome, Stop};
 use crate::trace::TraceFile;
-use crate::vcpu::{ExitCounts, Vcpu, Vcpus};
+use crate::vcpu::{Vcpu, Vcpus};
 use crate::{initramfs, layout, memory, topology, virtio};
 
 /// Run the machine until it ends for good, and say how.
