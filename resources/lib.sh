@@ -149,6 +149,51 @@ make_folder() {
 # Where cargo leaves what it builds for release (the target is named in .cargo/config.toml).
 binaries=$tree/target/x86_64-unknown-linux-gnu/release
 
+# fetch_ordinary_kernel GUESTS: Debian's kernel for any machine, whose modules hold every NIC's driver, in GUESTS/amd64.
+fetch_ordinary_kernel() {
+    local guests=$1 guest=$1/amd64
+    [[ ! -s $guest/version ]] || return 0
+    local package version raw=$guest.partial/raw
+    need_packages kmod xz-utils
+    private_apt "$guests/.apt-amd64" trixie trixie-updates trixie-security
+    package=$(debian_apt cache depends linux-image-amd64 | sed -nE 's/.*Depends: (linux-image-[0-9].*)/\1/p' | head -n 1)
+    [[ -n $package ]] || fail "Debian carries no linux-image-amd64"
+    version=${package#linux-image-}
+    say "fetches $version"
+    rm -rf "$guest" "$guest.partial"
+    unpack_package "$package" "$raw"
+    unpack_package busybox-static "$raw"
+    mkdir -p "$guest.partial/lib/modules"
+    cp -a "$raw"/{,usr/}lib/modules/"$version" "$guest.partial/lib/modules" 2>/dev/null || true
+    cp "$raw/boot/vmlinuz-$version" "$guest.partial/vmlinuz"
+    cp "$raw"/{,usr/}bin/busybox "$guest.partial/" 2>/dev/null || [[ -s $guest.partial/busybox ]] || fail "no busybox in busybox-static"
+    rm -r "$raw"
+    ln -s . "$guest.partial/usr"
+    PATH=$PATH:/usr/sbin:/sbin depmod -b "$guest.partial" "$version"
+    rm "$guest.partial/usr"
+    echo "$version" >"$guest.partial/version"
+    mv "$guest.partial" "$guest"
+}
+
+# modules_archive MODULES FILE MODULE...: an initramfs with these of a kernel's modules and what they need, in loading order
+# (/extra/order), to be put behind another.
+modules_archive() {
+    local modules=$1 output=$2 root file module name
+    shift 2
+    root=$(mktemp -d)
+    mkdir -p "$root/extra"
+    for module in "$@"; do
+        sed -nE "s#^([^:]*/${module/_/[_-]}\.ko[^:]*): ?(.*)#\1 \2#p" "$modules/modules.dep" | tr ' ' '\n' | sed '/^$/d' | tac
+    done | awk '!seen[$0]++' | while read -r file; do
+        name=${file##*/}
+        name=${name%.xz}
+        case $file in *.xz) xz -dc "$modules/$file" ;; *) cat "$modules/$file" ;; esac >"$root/extra/$name"
+        echo "$name" >>"$root/extra/order"
+    done
+    (cd "$root" && find . | cpio -o -H newc --quiet) >"$output"
+    rm -r "$root"
+}
+
 # What building takes: Rust, which is the user's to choose, and a linker.
 need_toolchain() {
     command -v cargo >/dev/null || fail "needs Rust with cargo (rustup.rs, or the packages of your system)"

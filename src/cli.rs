@@ -15,6 +15,7 @@ use clap::{Args, Parser, Subcommand, ValueEnum};
 
 use crate::config::{Accel, VmConfig};
 use crate::keyval::OptionError;
+use crate::peer::PeerConfig;
 use crate::seccomp;
 use crate::trace::TraceArgs;
 
@@ -43,6 +44,11 @@ pub enum Command {
     /// It runs until a signal ends it (exit code 0); 1 bad arguments or a host error; 3 time-out; 4 the driver broke a
     /// device rule and strict=on.
     Serve(ServeArgs),
+    /// Be the built-in host (`--netdev peer`) at the end of another VMM's cable: QEMU's `-netdev stream`.
+    ///
+    /// One client at a time; it has DHCP, ping, and echo, discard and chargen over TCP and UDP at 10.0.2.2. A signal
+    /// ends it (exit code 0); 1 bad arguments or a host error; 3 time-out.
+    Peer(PeerArgs),
     /// Ask the simulated host of a running machine for something, and print its answer.
     ///
     /// The words, and what they do: `fault add command=NAME|0xCODE|any|smc|eqe|cqe|msix|reg [nth=N] [count=M|all]
@@ -115,6 +121,31 @@ impl Level1Args {
     /// [`OptionError`] if it is no size.
     pub fn memory(&self) -> Result<u64, OptionError> {
         options::size("--memory", &self.memory)
+    }
+}
+
+/// `mana-vmm peer`.
+#[derive(Args, Debug)]
+pub struct PeerArgs {
+    /// Listen here, for `-netdev stream,addr.type=unix,addr.path=SOCKET`.
+    #[arg(long, value_name = "SOCKET")]
+    socket: PathBuf,
+    /// Bytes of the longest IP packet.
+    #[arg(long, value_name = "BYTES", default_value_t = 1500, value_parser = clap::value_parser!(u16).range(1280..))]
+    mtu: u16,
+    /// End with exit code 3 after so many seconds.
+    #[arg(long, value_name = "SECONDS", value_parser = clap::value_parser!(u64).range(1..))]
+    timeout: Option<u64>,
+    /// As boot's.
+    #[arg(long, value_enum, default_value = "on", hide_possible_values = true, value_name = "on|log|off")]
+    seccomp: seccomp::Mode,
+}
+
+impl PeerArgs {
+    /// What the arguments ask for.
+    pub fn into_config(self) -> PeerConfig {
+        let timeout = self.timeout.map(Duration::from_secs);
+        PeerConfig { socket: self.socket, mtu: self.mtu, timeout, seccomp: self.seccomp }
     }
 }
 

@@ -58,6 +58,7 @@ const VERBS: &[&str] = &[
     "queues",
     "rebind",
     "reload",
+    "super-frames",
     "suspend",
     "sweep",
     "topology",

@@ -24,6 +24,7 @@ pub mod nested;
 pub mod net;
 pub mod nic;
 pub mod pci_host;
+pub mod peer;
 pub mod places;
 pub mod seccomp;
 pub mod serve;

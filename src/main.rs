@@ -7,7 +7,7 @@ use anyhow::Context;
 use clap::Parser;
 use mana_vmm::cli::{Cli, Command};
 use mana_vmm::config::{Accel, VmConfig};
-use mana_vmm::{accel, check, control, initramfs, level1, nested, serve, trace, vm};
+use mana_vmm::{accel, check, control, initramfs, level1, nested, peer, serve, trace, vm};
 
 /// Bad arguments or a host error.
 const FAILED: u8 = 1;
@@ -65,6 +65,7 @@ fn run(cli: Cli) -> anyhow::Result<ExitCode> {
     match cli.command {
         Command::Boot(args) => boot(args.into_config()?),
         Command::Serve(args) => serve::run(&args.into_config()?),
+        Command::Peer(args) => peer::run(&args.into_config()),
         Command::Ctl { socket, words } => control::ask(&socket, &words),
         Command::Trace(args) => trace::run(&args).map(|()| ExitCode::SUCCESS),
         Command::Initramfs { output, boot } => write_initramfs(&output, &boot.into_config()?),

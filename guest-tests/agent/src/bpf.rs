@@ -166,8 +166,7 @@ pub fn load(action: Action, port: u16) -> Result<OwnedFd> {
     Ok(unsafe { OwnedFd::from_raw_fd(file as i32) })
 }
 
-// linux/rtnetlink.h, linux/if_link.h
-const RTM_SETLINK: u16 = 19;
+// linux/if_link.h
 const IFLA_XDP: u16 = 43;
 const IFLA_XDP_FD: u16 = 1;
 const IFLA_XDP_FLAGS: u16 = 3;
@@ -180,12 +179,7 @@ pub fn attach(interface: u32, program: Option<&OwnedFd>) -> Result<()> {
     let attributes =
         [attribute(IFLA_XDP_FD, &file.to_ne_bytes()), attribute(IFLA_XDP_FLAGS, &BY_DRIVER.to_ne_bytes())]
             .concat();
-    // struct ifinfomsg: family, padding, type, index, flags, mask of changes.
-    let mut body = vec![0; 4];
-    body.extend(interface.to_ne_bytes());
-    body.extend([0; 8]);
-    body.extend(attribute(IFLA_XDP | NESTED, &attributes));
-    netlink::route(RTM_SETLINK, &body)
+    netlink::set_link(interface, &attribute(IFLA_XDP | NESTED, &attributes))
 }
 
 #[cfg(test)]

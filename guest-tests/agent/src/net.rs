@@ -1,7 +1,7 @@
 //! The driver's network interfaces: up, carrier, addresses, counters.
 
 use std::collections::BTreeMap;
-use std::ffi::CStr;
+use std::ffi::{CStr, CString};
 use std::fs;
 use std::io::Error;
 use std::net::Ipv4Addr;
@@ -300,4 +300,12 @@ pub fn queue_packets(interface: &str) -> Result<(Vec<u64>, Vec<u64>)> {
         (0..count).map(value).collect()
     };
     Ok((packets("rx", rx)?, packets("tx", tx)?))
+}
+
+/// The number of an interface.
+pub fn index(interface: &str) -> Result<u32> {
+    let name = CString::new(interface)?;
+    // SAFETY: a terminated string.
+    let index = unsafe { libc::if_nametoindex(name.as_ptr()) };
+    if index == 0 { Err(Error::last_os_error()).with_context(|| interface.to_owned()) } else { Ok(index) }
 }

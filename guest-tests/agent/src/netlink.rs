@@ -19,12 +19,20 @@ const CTRL_CMD_GETFAMILY: u8 = 3;
 const CTRL_ATTR_FAMILY_ID: u16 = 1;
 const CTRL_ATTR_FAMILY_NAME: u16 = 2;
 
-/// Sends a request of rtnetlink's, and waits until it is done.
+/// linux/rtnetlink.h.
+const RTM_SETLINK: u16 = 19;
+
+/// Sets an attribute of the interface with this index.
 ///
 /// # Errors
 /// The kernel's own.
-pub fn route(kind: u16, body: &[u8]) -> Result<()> {
-    exchange(libc::NETLINK_ROUTE, kind, libc::NLM_F_ACK, body).map(drop)
+pub fn set_link(interface: u32, attribute: &[u8]) -> Result<()> {
+    // struct ifinfomsg: family, padding, type, index, flags, mask of changes.
+    let mut body = vec![0; 4];
+    body.extend(interface.to_ne_bytes());
+    body.extend([0; 8]);
+    body.extend(attribute);
+    exchange(libc::NETLINK_ROUTE, RTM_SETLINK, libc::NLM_F_ACK, &body).map(drop)
 }
 
 /// A family of generic netlink.

@@ -14,6 +14,7 @@ mod offloads;
 mod power;
 mod rebind;
 mod reload;
+mod super_frames;
 mod sweep;
 mod topology;
 mod transfer;
@@ -51,6 +52,7 @@ pub fn run(name: &str, mut arguments: Arguments) -> Result<()> {
         "queues" => queues(&mut arguments),
         "rebind" => functions::rebind(&mut arguments),
         "reload" => reload::run(&mut arguments),
+        "super-frames" => super_frames::run(&mut arguments),
         "suspend" => power::suspend(&mut arguments),
         "sweep" => sweep::run(&mut arguments),
         "topology" => topology::run(),

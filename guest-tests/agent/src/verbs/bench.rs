@@ -1,4 +1,4 @@
-//! `bench-net [--peer NAME] [--null NAME] [--seconds 3]`: what an interface carries, and what that costs in exits.
+//! `bench-net [--peer NAME] [--null NAME] [--seconds 3] [--only MEASURE]`: what an interface carries, and what that costs in exits.
 //!
 //! `--null` names an interface whose cable takes everything, for the cost of sending alone; `--peer` one whose other end
 //! has echo, discard and chargen, at the address that DHCP has left.
@@ -7,7 +7,7 @@ use std::io::{Read, Write};
 use std::net::{Ipv4Addr, SocketAddr, TcpStream, UdpSocket};
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, ensure};
 use pico_args::Arguments;
 use serde_json::{Value, json};
 use socket2::{Domain, Socket, Type};
@@ -31,17 +31,30 @@ pub fn run(arguments: &mut Arguments) -> Result<Value> {
     let time = Duration::from_secs_f64(seconds);
     let null: Option<String> = arguments.opt_value_from_str("--null")?;
     let peer: Option<String> = arguments.opt_value_from_str("--peer")?;
+    let only: Option<String> = arguments.opt_value_from_str("--only")?;
     let mut report = json!({});
-    if let Some(null) = null {
-        report["udp_send"] = measure(&null, || flood(&null, time))?;
+    for (name, to_peer, work) in MEASURES {
+        let interface = if to_peer { &peer } else { &null };
+        let Some(interface) =
+            interface.as_deref().filter(|_| only.as_deref().is_none_or(|only| only == name))
+        else {
+            continue;
+        };
+        report[name] = measure(interface, || work(interface, time))?;
     }
-    if let Some(peer) = peer {
-        report["round_trip"] = measure(&peer, || round_trips(&peer, time))?;
-        report["tcp_send"] = measure(&peer, || tcp_send(&peer, time))?;
-        report["tcp_receive"] = measure(&peer, || tcp_receive(&peer, time))?;
-    }
+    ensure!(report != json!({}), "there is nothing to measure: --null or --peer, and --only one that it has");
     Ok(report)
 }
+
+/// A measure: of an interface, for a time; a result with a name of its own.
+type Work = fn(&str, Duration) -> Result<(&'static str, f64)>;
+/// What there is to measure, and whether it takes a peer.
+const MEASURES: [(&str, bool, Work); 4] = [
+    ("udp_send", false, flood),
+    ("round_trip", true, round_trips),
+    ("tcp_send", true, tcp_send),
+    ("tcp_receive", true, tcp_receive),
+];
 
 /// Runs `work`, whose answer is a result with a name of its own, and adds packets and exits.
 fn measure(interface: &str, work: impl FnOnce() -> Result<(&'static str, f64)>) -> Result<Value> {

@@ -1,14 +1,12 @@
 //! `xdp INTERFACE drop|tx|redirect --port N [--out INTERFACE --to MAC]`, `xdp INTERFACE off`: an XDP program that the
 //! driver runs on UDP datagrams over IPv4 to port N, and lets everything else pass.
 
-use std::ffi::CString;
-use std::io::Error;
-
 use anyhow::{Context, Result, bail};
 use pico_args::Arguments;
 use serde_json::{Value, json};
 
 use crate::bpf::{self, Action};
+use crate::net;
 
 /// Loads and attaches, or takes away.
 pub fn run(arguments: &mut Arguments) -> Result<Value> {
@@ -24,7 +22,7 @@ pub fn run(arguments: &mut Arguments) -> Result<Value> {
         "redirect" => {
             let out = out.context("redirect needs --out INTERFACE")?;
             let to = to.context("redirect needs --to MAC")?;
-            Some(Action::Redirect(index(&out)?, address(&to)?))
+            Some(Action::Redirect(net::index(&out)?, address(&to)?))
         }
         other => bail!("'{other}' is neither drop, tx, redirect nor off"),
     };
@@ -32,15 +30,8 @@ pub fn run(arguments: &mut Arguments) -> Result<Value> {
         Some(action) => Some(bpf::load(action, port.context("--port is missing")?)?),
         None => None,
     };
-    bpf::attach(index(&interface)?, program.as_ref()).with_context(|| interface.clone())?;
+    bpf::attach(net::index(&interface)?, program.as_ref()).with_context(|| interface.clone())?;
     Ok(json!({ "interface": interface, "attached": program.is_some() }))
-}
-
-fn index(interface: &str) -> Result<u32> {
-    let name = CString::new(interface)?;
-    // SAFETY: a terminated string.
-    let index = unsafe { libc::if_nametoindex(name.as_ptr()) };
-    if index == 0 { Err(Error::last_os_error()).with_context(|| interface.to_owned()) } else { Ok(index) }
 }
 
 /// `52:54:00:12:34:56`.
