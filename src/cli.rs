@@ -39,6 +39,16 @@ pub enum Command {
     /// Exit code: 0 the guest powered off; 1 bad arguments or a host error; 2 guest kernel panic or oops;
     /// 3 time-out; 4 the driver broke a device rule and strict=on; 5 the --exec command failed.
     Boot(Box<BootArgs>),
+    /// Boot machines one after another; where KVM runs no guests, in one emulated machine, which then comes up once.
+    ///
+    /// FILE has a line of JSON for each: {"options": [boot's options...], "stdout": FILE, "stderr": FILE, "exit": FILE}.
+    /// The last file is written when the boot has ended, with its exit code; after a boot that the emulated machine does
+    /// not survive, no further one is begun. Exit code: 0 unless nothing could be booted.
+    Batch {
+        /// What to boot.
+        #[arg(value_name = "FILE")]
+        file: PathBuf,
+    },
     /// Serve MANA functions to other VMMs over vfio-user: QEMU from 10.1 on, Cloud Hypervisor.
     ///
     /// It runs until a signal ends it (exit code 0); 1 bad arguments or a host error; 3 time-out; 4 the driver broke a

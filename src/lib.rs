@@ -2,6 +2,7 @@
 
 pub mod accel;
 pub mod acpi;
+pub mod batch;
 pub mod boot;
 pub mod bus;
 pub mod check;

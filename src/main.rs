@@ -7,7 +7,7 @@ use anyhow::Context;
 use clap::Parser;
 use mana_vmm::cli::{Cli, Command};
 use mana_vmm::config::{Accel, VmConfig};
-use mana_vmm::{accel, check, control, initramfs, level1, nested, peer, serve, trace, vm};
+use mana_vmm::{accel, batch, check, control, initramfs, level1, nested, peer, serve, trace, vm};
 
 /// Bad arguments or a host error.
 const FAILED: u8 = 1;
@@ -64,6 +64,7 @@ fn fail(error: anyhow::Error) -> ExitCode {
 fn run(cli: Cli) -> anyhow::Result<ExitCode> {
     match cli.command {
         Command::Boot(args) => boot(args.into_config()?),
+        Command::Batch { file } => batch::run(&file),
         Command::Serve(args) => serve::run(&args.into_config()?),
         Command::Peer(args) => peer::run(&args.into_config()),
         Command::Ctl { socket, words } => control::ask(&socket, &words),

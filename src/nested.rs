@@ -80,26 +80,45 @@ pub enum Trouble {
 /// # Errors
 /// [`Trouble`], or one sentence for what can't be read or written here.
 pub fn run(config: VmConfig) -> Result<ExitCode> {
-    let mut codes = run_jobs(vec![config])?;
-    codes.pop().context("no result")
+    Ok(ExitCode::from(run_one(Parcel::boot(0, config, terminal::is_terminal())?)?))
 }
 
-/// Boots machines one after another in one level 1.
+/// Runs one job in a level 1 of its own; its exit code.
+fn run_one(parcel: Parcel) -> Result<u8> {
+    let parcels = [parcel];
+    let mut level1 = Level1::start(&parcels)?;
+    let code = level1.run(0, &parcels[0])?;
+    level1.power_off();
+    Ok(code)
+}
+
+/// Boots machines one after another in one level 1, each with files for its standard output and standard error, and
+/// tells the exit code of each as it ends. After one that level 1 does not survive, no further one is run.
 ///
 /// # Errors
-/// [`Trouble`], or one sentence for what can't be read or written here.
-pub fn run_jobs(configs: Vec<VmConfig>) -> Result<Vec<ExitCode>> {
-    let terminal = terminal::is_terminal();
-    let numbered = configs.into_iter().enumerate();
-    let parcels: Result<Vec<_>> =
-        numbered.map(|(index, config)| Parcel::boot(index, config, terminal)).collect();
-    let parcels = parcels?;
+/// [`Trouble`], or one sentence for what can't be read or written here: none was run.
+pub fn run_batch(
+    machines: Vec<(VmConfig, [PathBuf; 2])>,
+    mut ended: impl FnMut(usize, Result<u8>) -> Result<()>,
+) -> Result<()> {
+    let numbered = machines.into_iter().enumerate();
+    let parcel = |(index, (config, output))| {
+        let mut parcel = Parcel::boot(index, config, false)?;
+        parcel.own_output = Some(output);
+        Ok(parcel)
+    };
+    let parcels = numbered.map(parcel).collect::<Result<Vec<_>>>()?;
     let mut level1 = Level1::start(&parcels)?;
-    let codes: Result<Vec<_>> =
-        (0..).zip(&parcels).map(|(index, parcel)| level1.run(index, parcel)).collect();
-    let codes = codes?;
+    for (index, parcel) in parcels.iter().enumerate() {
+        let code = level1.run(index as u32, parcel);
+        let go_on = code.is_ok() && !level1.silent;
+        ended(index, code)?;
+        if !go_on {
+            return Ok(());
+        }
+    }
     level1.power_off();
-    Ok(codes.into_iter().map(ExitCode::from).collect())
+    Ok(())
 }
 
 /// Starts level 1 and runs the probe of [`crate::accel`] in it.
@@ -107,10 +126,7 @@ pub fn run_jobs(configs: Vec<VmConfig>) -> Result<Vec<ExitCode>> {
 /// # Errors
 /// [`Trouble`], or one sentence for what can't be read or written here.
 pub fn probe() -> Result<()> {
-    let parcels = [Parcel::probe()];
-    let mut level1 = Level1::start(&parcels)?;
-    let code = level1.run(0, &parcels[0])?;
-    level1.power_off();
+    let code = run_one(Parcel::probe())?;
     // The reason came on the standard error.
     if code == 0 { Ok(()) } else { Err(Trouble::Unfit("its KVM fails the probe".to_owned()).into()) }
 }
@@ -120,11 +136,7 @@ pub fn probe() -> Result<()> {
 /// # Errors
 /// [`Trouble`], or one sentence for what can't be read or written here.
 pub fn run_command(argv: Vec<String>, memory: u64, take: &[PathBuf]) -> Result<ExitCode> {
-    let parcels = [Parcel::command(argv, memory, take)?];
-    let mut level1 = Level1::start(&parcels)?;
-    let code = level1.run(0, &parcels[0])?;
-    level1.power_off();
-    Ok(ExitCode::from(code))
+    Ok(ExitCode::from(run_one(Parcel::command(argv, memory, take)?)?))
 }
 
 /// A level 1 that is up.
@@ -134,6 +146,8 @@ struct Level1 {
     reports: Receiver<io::Result<Report>>,
     /// Whether standard input is being forwarded.
     forwarding: bool,
+    /// It did not answer in time.
+    silent: bool,
 }
 
 impl Level1 {
@@ -166,7 +180,8 @@ impl Level1 {
                 }
             }
         });
-        let mut level1 = Self { machine, orders: Arc::new(Mutex::new(orders)), reports, forwarding: false };
+        let mut level1 =
+            Self { machine, orders: Arc::new(Mutex::new(orders)), reports, forwarding: false, silent: false };
         match level1.next(Some(Instant::now() + BOOT_PATIENCE))? {
             Some(Report::Ready) => Ok(level1),
             Some(Report::Failed(reason)) => Err(Trouble::Unfit(reason).into()),
@@ -177,10 +192,12 @@ impl Level1 {
 
     /// Runs a job to its end and passes its output on; its exit code.
     fn run(&mut self, index: u32, parcel: &Parcel) -> Result<u8> {
-        let mut files = open_outputs(&parcel.files)?;
+        let mut outputs = Outputs::open(parcel)?;
         self.order(&Order::Run(index))?;
         let _raw = parcel.job.terminal.then(terminal::Raw::new).transpose()?;
-        self.forward_input();
+        if parcel.own_output.is_none() {
+            self.forward_input();
+        }
         let relay = Arc::new(Relay::new(Arc::clone(&self.orders)));
         let socket = parcel.control.as_deref().map(|path| ControlSocket::open(path, &relay));
         let _socket = socket.transpose()?;
@@ -192,14 +209,15 @@ impl Level1 {
         let deadline = timeout.map(|timeout| Instant::now() + timeout + SLACK);
         loop {
             match self.next(deadline)? {
-                Some(Report::Output { stream, bytes }) => pass_on(stream, &bytes, &mut files)?,
+                Some(Report::Output { stream, bytes }) => outputs.write(stream, &bytes)?,
                 Some(Report::Ended(code)) => return Ok(code),
                 Some(Report::Failed(reason)) => return Err(Trouble::Unfit(reason).into()),
                 Some(Report::Ready) => {}
                 Some(Report::Answer(number, part)) => relay.answered(number, &part),
                 Some(Report::FilePart { number, offset, bytes }) => relay.file_part(number, offset, &bytes),
                 None => {
-                    eprintln!("mana-vmm: the emulated machine does not answer; time is up");
+                    self.silent = true;
+                    outputs.write(STDERR, b"mana-vmm: the emulated machine does not answer; time is up\n")?;
                     return Ok(TIMED_OUT);
                 }
             }
@@ -274,23 +292,41 @@ fn lock(orders: &Mutex<ChildStdin>) -> std::sync::MutexGuard<'_, ChildStdin> {
     orders.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
 }
 
-fn open_outputs(files: &[(&str, PathBuf)]) -> Result<Vec<File>> {
-    let open = |(option, path): &(&str, PathBuf)| {
-        File::create(path).with_context(|| format!("{option} {}: the file can't be written", path.display()))
-    };
-    files.iter().map(open).collect()
+/// Where a job's streams end here.
+struct Outputs {
+    /// Standard output and standard error.
+    own: Option<[File; 2]>,
+    files: Vec<File>,
 }
 
-fn pass_on(stream: u32, bytes: &[u8], files: &mut [File]) -> Result<()> {
-    let written = match stream {
-        STDOUT => io::stdout().write_all(bytes).and_then(|()| io::stdout().flush()),
-        STDERR => io::stderr().write_all(bytes),
-        _ => match files.get_mut((stream - FIRST_FILE) as usize) {
-            Some(file) => file.write_all(bytes),
-            None => {
-                Err(io::Error::new(ErrorKind::InvalidData, format!("stream {stream} is none of the job's")))
+impl Outputs {
+    fn open(parcel: &Parcel) -> Result<Self> {
+        let open = |(option, path): &(&str, PathBuf)| {
+            File::create(path)
+                .with_context(|| format!("{option} {}: the file can't be written", path.display()))
+        };
+        let own = match &parcel.own_output {
+            Some([stdout, stderr]) => {
+                Some([open(&("stdout", stdout.clone()))?, open(&("stderr", stderr.clone()))?])
             }
-        },
-    };
-    written.context("can't write the guest's output")
+            None => None,
+        };
+        Ok(Self { own, files: parcel.files.iter().map(open).collect::<Result<_>>()? })
+    }
+
+    fn write(&mut self, stream: u32, bytes: &[u8]) -> Result<()> {
+        let written = match (stream, &mut self.own) {
+            (STDOUT, Some([file, _])) | (STDERR, Some([_, file])) => file.write_all(bytes),
+            (STDOUT, None) => io::stdout().write_all(bytes).and_then(|()| io::stdout().flush()),
+            (STDERR, None) => io::stderr().write_all(bytes),
+            _ => match self.files.get_mut((stream - FIRST_FILE) as usize) {
+                Some(file) => file.write_all(bytes),
+                None => Err(io::Error::new(
+                    ErrorKind::InvalidData,
+                    format!("stream {stream} is none of the job's"),
+                )),
+            },
+        };
+        written.context("can't write the guest's output")
+    }
 }

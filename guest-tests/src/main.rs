@@ -6,6 +6,7 @@
 //! with vectors ([`model`], [`matrix`]). A [`mod@sweep`] makes the host fail at one command after another. The differences make a [`verdict`], and all verdicts the [`report`].
 
 mod arguments;
+mod batch;
 mod crash;
 mod guest;
 mod json;
@@ -37,7 +38,7 @@ use arguments::{Arguments, Command, Vmm};
 use guest::Guest;
 use progress::Progress;
 use report::Record;
-use run::{Job, Lane, Settings};
+use run::{Job, Lane, Outcome, Settings};
 use scenario::Scenario;
 use verdict::Verdict;
 
@@ -167,28 +168,33 @@ fn jobs(scenario: &Scenario, guests: &[Named]) -> Vec<Job> {
 
 /// Runs `jobs`, `at_once` at a time, prints each result as it comes, and gives all in the order of `jobs`.
 fn run_all(jobs: &[Job], settings: &Settings, at_once: usize, keep: bool) -> Vec<Record> {
+    let at_once = at_once.max(1);
+    let batches = batch::deal(jobs, settings, at_once);
     let next = AtomicUsize::new(0);
     let progress = Progress::new(jobs.len());
     let records = Mutex::new(Vec::new());
+    let ended = |index: usize, outcome: Outcome| {
+        let job = &jobs[index];
+        let mut record = Record::new(job, &outcome, settings);
+        if outcome.verdict == Verdict::Passed && !keep {
+            let _ = fs::remove_dir_all(job.folder(settings));
+            record.evidence.files.clear();
+        }
+        records.lock().unwrap_or_else(PoisonError::into_inner).push((index, record));
+        let print = |done| report::print(job, &outcome, settings, done, jobs.len());
+        progress.ends(&job.name(&settings.lane), outcome.verdict.is_failure(), print);
+    };
     let work = || {
-        loop {
-            let index = next.fetch_add(1, Ordering::Relaxed);
-            let Some(job) = jobs.get(index) else { break };
-            let name = job.name(&settings.lane);
-            progress.begins(&name);
-            let outcome = job.run(settings);
-            let mut record = Record::new(job, &outcome, settings);
-            if outcome.verdict == Verdict::Passed && !keep {
-                let _ = fs::remove_dir_all(job.folder(settings));
-                record.evidence.files.clear();
+        while let Some(batch) = batches.get(next.fetch_add(1, Ordering::Relaxed)) {
+            batch.iter().for_each(|&index| progress.begins(&jobs[index].name(&settings.lane)));
+            match batch[..] {
+                [index] => ended(index, jobs[index].run(settings)),
+                _ => batch::run(batch, jobs, settings, &ended),
             }
-            records.lock().unwrap_or_else(PoisonError::into_inner).push((index, record));
-            let print = |done| report::print(job, &outcome, settings, done, jobs.len());
-            progress.ends(&name, outcome.verdict.is_failure(), print);
         }
     };
     thread::scope(|scope| {
-        for _ in 0..at_once.max(1) {
+        for _ in 0..at_once {
             scope.spawn(work);
         }
     });

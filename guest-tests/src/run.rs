@@ -117,7 +117,7 @@ impl Job {
     }
 
     /// Why there is nothing to run.
-    fn skipped(&self, settings: &Settings) -> Option<String> {
+    pub fn skipped(&self, settings: &Settings) -> Option<String> {
         if let Some(Err(reason)) = &self.guest {
             return Some(reason.clone());
         }
@@ -139,7 +139,11 @@ impl Job {
         if let Some(sweep) = &self.scenario.sweep {
             return sweep::run(self, sweep, settings);
         }
-        let mut result = self.attempt(settings);
+        self.outcome(self.attempt(settings), start, settings)
+    }
+
+    /// What its first run's `result` is worth; it runs once more if that says nothing.
+    pub fn outcome(&self, mut result: Result<Run>, start: Instant, settings: &Settings) -> Outcome {
         let repeated = result.as_ref().ok().and_then(Run::broken_ground);
         if repeated.is_some() {
             result = self.attempt(settings);
@@ -178,8 +182,8 @@ impl Job {
         settings.artefacts.join(name)
     }
 
-    /// Boots the guest once.
-    pub fn attempt(&self, settings: &Settings) -> Result<Run> {
+    /// Makes a new folder for a run's files, with its disks.
+    pub fn prepare(&self, settings: &Settings) -> Result<PathBuf> {
         let folder = self.folder(settings);
         let _ = fs::remove_dir_all(&folder);
         fs::create_dir_all(&folder).with_context(|| folder.display().to_string())?;
@@ -188,6 +192,12 @@ impl Job {
             fs::write(&disk, text)
                 .and_then(|()| File::options().write(true).open(&disk)?.set_len(DISK_SIZE))?;
         }
+        Ok(folder)
+    }
+
+    /// Boots the guest once.
+    pub fn attempt(&self, settings: &Settings) -> Result<Run> {
+        let folder = self.prepare(settings)?;
         if let (Lane::Qemu(program), Some(Ok(guest))) = (&settings.lane, &self.guest) {
             return self.attempt_under_qemu(settings, program, guest, &folder);
         }
@@ -201,17 +211,7 @@ impl Job {
             .stderr(output("stderr")?)
             .status()
             .with_context(|| format!("start {}", settings.vmm.display()))?;
-        let text = |name: &str| {
-            let bytes = fs::read(folder.join(name)).unwrap_or_default();
-            String::from_utf8_lossy(&bytes).into_owned()
-        };
-        Ok(Run {
-            code: status.code().with_context(|| format!("mana-vmm was killed: {status}"))?,
-            stdout: text("stdout"),
-            stderr: text("stderr"),
-            console: text("console"),
-            trace: Trace::read(&folder.join("trace.jsonl"))?,
-        })
+        Run::read(status.code().with_context(|| format!("mana-vmm was killed: {status}"))?, &folder)
     }
 
     fn attempt_under_qemu(
@@ -240,7 +240,8 @@ impl Job {
         Ok(Run { code, stdout, stderr, console, trace: Trace::read(&folder.join("trace.jsonl"))? })
     }
 
-    fn arguments(&self, settings: &Settings, folder: &Path) -> Vec<String> {
+    /// Words of `mana-vmm` for a run whose files are in `folder`.
+    pub fn arguments(&self, settings: &Settings, folder: &Path) -> Vec<String> {
         let scenario = &self.scenario;
         let Some(Ok(guest)) = &self.guest else { return scenario.arguments.clone() };
         let machine = &scenario.machine;
@@ -425,6 +426,16 @@ pub struct Run {
 }
 
 impl Run {
+    /// What the files in `folder` hold of a run that ended with `code`.
+    pub fn read(code: i32, folder: &Path) -> Result<Self> {
+        let text = |name: &str| {
+            let bytes = fs::read(folder.join(name)).unwrap_or_default();
+            String::from_utf8_lossy(&bytes).into_owned()
+        };
+        let trace = Trace::read(&folder.join("trace.jsonl"))?;
+        Ok(Self { code, stdout: text("stdout"), stderr: text("stderr"), console: text("console"), trace })
+    }
+
     /// Did the kernel die, or not come to an end?
     pub fn guest_died(&self) -> bool {
         GUEST_DIED.contains(&self.code)

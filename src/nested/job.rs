@@ -82,6 +82,8 @@ pub struct Parcel {
     pub files: Vec<(&'static str, PathBuf)>,
     /// Where this machine takes requests for the job's simulated host.
     pub control: Option<PathBuf>,
+    /// Files for the job's standard output and standard error, if they are not this process's.
+    pub own_output: Option<[PathBuf; 2]>,
 }
 
 impl Parcel {
@@ -89,7 +91,7 @@ impl Parcel {
     pub fn probe() -> Self {
         let job = Job { task: Task::Probe, outputs: Vec::new(), terminal: false, log: None, control: None };
         let (inputs, made, disks, files) = (Vec::new(), Vec::new(), Vec::new(), Vec::new());
-        Self { job, inputs, made, disks, files, control: None }
+        Self { job, inputs, made, disks, files, control: None, own_output: None }
     }
 
     /// The boot of `config`, as job number `index` of a level 1.
