@@ -12,6 +12,8 @@
 //! A state is as little trusted as a guest. What of it could name anything on this machine (kernel, disks, sockets,
 //! interfaces) is not taken from it but from the command line; nothing is allocated by a number in it; every part is
 //! checked by who becomes it. Guest RAM and registers may be anything, as ever.
+//!
+//! What is on a disk is not in the file: the disk itself must be as it was when the machine was saved.
 
 pub mod chips;
 pub mod cpu;
@@ -23,16 +25,16 @@ use std::io::{self, Seek, SeekFrom, Write};
 use std::os::unix::fs::FileExt;
 use std::path::Path;
 
-use anyhow::{Context, bail, ensure};
+use anyhow::{Context, ensure};
 use mana_device::state::State as CardState;
 use serde::{Deserialize, Serialize};
 use twox_hash::XxHash64;
 use vm_memory::{GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion, VolatileSlice};
 
-use crate::config::VmConfig;
 use crate::legacy::LegacyState;
 use crate::memory;
 use crate::pci_host::PciState;
+use crate::virtio::state::FunctionState;
 use chips::ChipsState;
 use cpu::CpuState;
 pub use options::Options;
@@ -40,7 +42,7 @@ pub use unfinished::Unfinished;
 
 const MAGIC: &[u8; 8] = b"MANA-VM\0";
 /// Layout of what follows. Raised whenever a type in it changes.
-const VERSION: u32 = 1;
+const VERSION: u32 = 2;
 /// Where the state begins.
 const HEADER: u64 = 64;
 /// RAM begins at a multiple of this, and ends at one.
@@ -63,6 +65,8 @@ pub struct MachineState {
     pub pci: PciState,
     /// MANA functions, in order.
     pub cards: Vec<CardState>,
+    /// virtio functions, disks first.
+    pub virtio: Vec<FunctionState>,
 }
 
 /// A machine in a file.
@@ -192,17 +196,6 @@ fn write_filled(file: &File, at: u64, chunk: &[u8]) -> io::Result<()> {
             file.write_all_at(&chunk[from..from + length], at + from as u64)?;
         }
         from += length;
-    }
-    Ok(())
-}
-
-/// What a machine can't be saved with.
-///
-/// # Errors
-/// `config` has it.
-pub fn can_be_saved(config: &VmConfig) -> anyhow::Result<()> {
-    if !config.disks.is_empty() || !config.virtio_nics.is_empty() {
-        bail!("a machine with --disk or --device virtio-net can't be saved");
     }
     Ok(())
 }

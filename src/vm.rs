@@ -239,12 +239,17 @@ impl Machine {
 
     /// Become what `state` says: devices, then CPUs, then chips and clock. RAM is there already.
     fn take_up(&self, state: &MachineState) -> anyhow::Result<()> {
-        let MachineState { options: _, cpus, chips, legacy, pci, cards } = state;
+        let MachineState { options: _, cpus, chips, legacy, pci, cards, virtio } = state;
         ensure!(cards.len() == self.nics.len(), "the state has {} MANA functions", cards.len());
         ensure!(cpus.len() == self.vcpus.len(), "the state has {} CPUs", cpus.len());
+        ensure!(virtio.len() == self.virtio.len(), "the state has {} virtio functions", virtio.len());
         self.nics.iter().for_each(Nic::pause);
+        self.virtio.iter().for_each(virtio::Running::pause);
         for (nic, card) in self.nics.iter().zip(cards) {
             nic.device().load(card)?;
+        }
+        for (function, saved) in self.virtio.iter().zip(virtio) {
+            function.load(saved)?;
         }
         self.pci.load(pci)?;
         for (vcpu, cpu) in self.vcpus.iter().zip(cpus) {
@@ -261,6 +266,7 @@ impl Machine {
             nic.device().resume();
             nic.resume();
         }
+        self.virtio.iter().for_each(virtio::Running::go_on);
         Ok(())
     }
 
@@ -280,7 +286,6 @@ impl Machine {
                 Ok(Answer::default())
             }
             desk::Wish::Save(path) => {
-                snapshot::can_be_saved(around.config)?;
                 let begin = Instant::now();
                 if !*standing {
                     self.pause(around.vcpus)?;
@@ -335,6 +340,7 @@ impl Machine {
             legacy: self.legacy.save(),
             pci: self.pci.save(),
             cards: self.nics.iter().map(|nic| nic.device().save()).collect(),
+            virtio: self.virtio.iter().map(virtio::Running::save).collect(),
         })
     }
 

@@ -3,7 +3,7 @@
 use std::path::PathBuf;
 use std::time::Duration;
 
-use super::{BootArgs, options};
+use super::{BootArgs, guest, options};
 use crate::config::VmConfig;
 use crate::keyval::OptionError;
 use crate::snapshot::{Options, Snapshot};
@@ -38,8 +38,17 @@ impl BootArgs {
         if self.exec.is_some() && self.exec != saved.exec {
             return other("--exec", saved.exec.map_or("none".into(), |command| format!("`{command}`")));
         }
-        if !self.disk.is_empty() {
-            return other("--disk", "none".into());
+        let disks = options::disks(&self.disk)?;
+        if disks.iter().map(|disk| disk.read_only).ne(saved.disks.iter().copied()) {
+            let kind = |&read_only: &bool| if read_only { "FILE,readonly=on" } else { "FILE" };
+            let kinds: Vec<_> = saved.disks.iter().map(kind).collect();
+            return other("--disk", if kinds.is_empty() { "none".into() } else { kinds.join(" and ") });
+        }
+        disks.iter().try_for_each(|disk| guest::must_exist("--disk", Some(&disk.path)))?;
+        if self.lies.is_some() && disks.iter().any(|disk| !disk.read_only) {
+            let reason =
+                "a machine that goes on again and again must find its disks as they were: readonly=on";
+            return Err(OptionError::new("--disk", reason));
         }
         if self.netdev.is_empty()
             && let Some(netdev) = saved.foreign_netdev()
@@ -51,7 +60,7 @@ impl BootArgs {
             if self.netdev.is_empty() { saved.netdevs.clone() } else { options::netdevs(&self.netdev)? };
         if !self.device.is_empty() {
             let (nics, virtio) = options::devices(&self.device, &mut netdevs, &saved.topology)?;
-            if nics != saved.nics || !virtio.is_empty() {
+            if nics != saved.nics || virtio != saved.virtio_nics {
                 return other("--device", "other devices".into());
             }
         }
@@ -61,7 +70,7 @@ impl BootArgs {
             return other("--netdev", format!("those with id={}", ids(&saved.netdevs).join(", ")));
         }
         options::pcaps(&self.pcap, &mut netdevs)?;
-        let Options { topology, memory, exec, nics, netdevs: _ } = saved;
+        let Options { topology, memory, exec, nics, virtio_nics, netdevs: _, disks: _ } = saved;
         Ok(VmConfig {
             kernel: PathBuf::new(),
             initrd: None,
@@ -74,8 +83,8 @@ impl BootArgs {
             accel: self.accel.into(),
             netdevs,
             nics,
-            virtio_nics: Vec::new(),
-            disks: Vec::new(),
+            virtio_nics,
+            disks,
             trace: self.trace,
             console: self.console,
             timeout: self.timeout.map(Duration::from_secs),

@@ -4,7 +4,7 @@ use anyhow::ensure;
 use serde::{Deserialize, Serialize};
 
 use crate::cli;
-use crate::config::{ManaNic, Netdev, NetdevKind, Topology, VmConfig};
+use crate::config::{ManaNic, Netdev, NetdevKind, Topology, VirtioNic, VmConfig};
 
 /// The part of a [`VmConfig`] that a restored machine must have again.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -19,6 +19,10 @@ pub struct Options {
     pub nics: Vec<ManaNic>,
     /// What they are plugged into.
     pub netdevs: Vec<Netdev>,
+    /// virtio-net.
+    pub virtio_nics: Vec<VirtioNic>,
+    /// Disks, in order: whether each is only read. Where they are the command line says.
+    pub disks: Vec<bool>,
 }
 
 /// Most functions and most netdevs: more than any machine has places for.
@@ -34,6 +38,8 @@ impl Options {
             exec: config.exec.clone(),
             nics: config.nics.clone(),
             netdevs: netdevs.collect(),
+            virtio_nics: config.virtio_nics.clone(),
+            disks: config.disks.iter().map(|disk| disk.read_only).collect(),
         }
     }
 
@@ -50,7 +56,8 @@ impl Options {
             "its {sockets} sockets x {cores} cores x {threads} threads on {nodes} nodes are not {cpus} CPUs"
         );
         ensure!(cli::is_memory(self.memory, &self.topology), "{} bytes are no --memory", self.memory);
-        ensure!(self.nics.len() <= MANY && self.netdevs.len() <= MANY, "it has more devices than fit");
+        let lengths = [self.nics.len(), self.netdevs.len(), self.virtio_nics.len(), self.disks.len()];
+        ensure!(lengths.into_iter().all(|length| length <= MANY), "it has more devices than fit");
         Ok(())
     }
 

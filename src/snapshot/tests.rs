@@ -17,6 +17,8 @@ fn machine() -> MachineState {
         exec: None,
         nics: Vec::new(),
         netdevs: Vec::new(),
+        virtio_nics: Vec::new(),
+        disks: Vec::new(),
     };
     MachineState {
         options,
@@ -25,6 +27,7 @@ fn machine() -> MachineState {
         legacy: postcard::from_bytes(&legacy).unwrap(),
         pci,
         cards: Vec::new(),
+        virtio: Vec::new(),
     }
 }
 
@@ -107,8 +110,8 @@ fn what_is_cut_off_or_changed_is_refused() {
             refusal(copy(&flip));
         }
     }
-    let newer = refusal(copy(&|file| file.write_all_at(&[2], 8).unwrap()));
-    assert!(newer.contains("layout 2") && newer.contains("only 1"), "{newer}");
+    let newer = refusal(copy(&|file| file.write_all_at(&[3], 8).unwrap()));
+    assert!(newer.contains("layout 3") && newer.contains("only 2"), "{newer}");
     assert!(refusal(tempfile::tempfile().unwrap()).contains("no saved machine"));
 }
 

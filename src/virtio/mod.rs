@@ -13,6 +13,7 @@ pub mod block;
 pub mod net;
 pub mod pci;
 pub mod ring;
+pub mod state;
 
 use std::sync::Arc;
 
@@ -27,6 +28,7 @@ use crate::net::{Cable, Exchange, Frame};
 use crate::pci_host::PciFunction;
 use crate::workers::{Mailboxes, Workers};
 use pci::{Host, Queues, VirtioPci};
+use state::{FunctionState, Saved};
 
 /// Worker threads beyond this many bring a NIC with one queue each way nothing.
 const MAX_NIC_WORKERS: usize = 2;
@@ -82,7 +84,7 @@ pub struct Surroundings<'a> {
 
 /// A running device.
 pub struct Running {
-    function: Arc<dyn PciFunction>,
+    function: Arc<dyn Saved>,
     workers: Workers,
     /// What was lost, in words.
     report: Box<dyn Fn() -> String>,
@@ -138,6 +140,25 @@ impl Running {
     /// The PCI function.
     pub fn function(&self) -> Arc<dyn PciFunction> {
         self.function.clone()
+    }
+
+    /// What is kept of the function, whose workers are paused.
+    pub fn save(&self) -> FunctionState {
+        self.function.save()
+    }
+
+    /// Become `state`; the workers are paused.
+    ///
+    /// # Errors
+    /// No driver can have brought it about.
+    pub fn load(&self, state: &FunctionState) -> anyhow::Result<()> {
+        self.function.load(state)
+    }
+
+    /// Go on from a state that was loaded.
+    pub fn go_on(&self) {
+        self.function.go_on();
+        self.resume();
     }
 
     /// The workers do nothing until [`resume`](Self::resume).

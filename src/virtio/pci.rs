@@ -29,10 +29,10 @@ use crate::warn_limited;
 use crate::workers::{Function, Mailboxes, Piece};
 
 /// Vector number of who has none (VIRTIO_MSI_NO_VECTOR).
-const NO_VECTOR: u16 = 0xffff;
-const DRIVER_OK: u8 = VIRTIO_CONFIG_S_DRIVER_OK as u8;
-const FEATURES_OK: u8 = VIRTIO_CONFIG_S_FEATURES_OK as u8;
-const NEEDS_RESET: u8 = VIRTIO_CONFIG_S_NEEDS_RESET as u8;
+pub(super) const NO_VECTOR: u16 = 0xffff;
+pub(super) const DRIVER_OK: u8 = VIRTIO_CONFIG_S_DRIVER_OK as u8;
+pub(super) const FEATURES_OK: u8 = VIRTIO_CONFIG_S_FEATURES_OK as u8;
+pub(super) const NEEDS_RESET: u8 = VIRTIO_CONFIG_S_NEEDS_RESET as u8;
 /// What every device here offers.
 const RING_FEATURES: u64 =
     1 << VIRTIO_F_VERSION_1 | 1 << VIRTIO_RING_F_INDIRECT_DESC | 1 << VIRTIO_RING_F_EVENT_IDX;
@@ -55,7 +55,7 @@ mod bar {
 const MAX_QUEUES: usize = 255;
 
 /// Registers of the configuration space.
-mod register {
+pub(super) mod register {
     pub const COMMAND: u16 = 0x04;
     pub const BAR0: u16 = 0x10;
     pub const MSIX: u16 = 0x40;
@@ -68,9 +68,9 @@ mod register {
     pub const ACCESS_DATA: u16 = ACCESS + 16;
 }
 const COMMAND_MEMORY: u16 = 1 << 1;
-const COMMAND_MASTER: u16 = 1 << 2;
+pub(super) const COMMAND_MASTER: u16 = 1 << 2;
 
-fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+pub(super) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
@@ -112,21 +112,21 @@ pub struct Host {
 }
 
 /// A queue as the workers see it.
-struct Slot {
+pub(super) struct Slot {
     /// While the driver is ready and the queue enabled.
-    ring: Mutex<Option<Ring>>,
-    vector: AtomicU16,
+    pub(super) ring: Mutex<Option<Ring>>,
+    pub(super) vector: AtomicU16,
     bell: EventFd,
 }
 
 /// The queues of a device, and what using them takes.
 pub struct Queues {
-    slots: Vec<Slot>,
+    pub(super) slots: Vec<Slot>,
     memory: Memory,
-    bus_master: Arc<AtomicBool>,
-    msix: Msix,
-    config_vector: AtomicU16,
-    status: AtomicU8,
+    pub(super) bus_master: Arc<AtomicBool>,
+    pub(super) msix: Msix,
+    pub(super) config_vector: AtomicU16,
+    pub(super) status: AtomicU8,
     /// Requests that could not be understood.
     bad_requests: AtomicU64,
 }
@@ -225,15 +225,15 @@ impl Queues {
 
 /// Registers that the driver sets up the device with.
 #[derive(Clone, Debug, Default)]
-struct Registers {
-    device_feature_select: u32,
-    driver_feature_select: u32,
-    driver_features: u64,
-    queue_select: u16,
+pub(super) struct Registers {
+    pub(super) device_feature_select: u32,
+    pub(super) driver_feature_select: u32,
+    pub(super) driver_features: u64,
+    pub(super) queue_select: u16,
     /// Layout of each queue, and whether it is enabled.
-    queues: Vec<(Layout, bool)>,
+    pub(super) queues: Vec<(Layout, bool)>,
     /// Address of the first doorbell, while they are placed.
-    placed: Option<u64>,
+    pub(super) placed: Option<u64>,
 }
 
 /// A virtio function.
@@ -241,11 +241,11 @@ struct Registers {
 /// Lock order: registers, configuration space, then a queue's ring.
 pub struct VirtioPci<B> {
     backend: B,
-    queues: Queues,
-    host: Host,
-    config: Mutex<ConfigSpace>,
-    power_on: ConfigSpace,
-    registers: Mutex<Registers>,
+    pub(super) queues: Queues,
+    pub(super) host: Host,
+    pub(super) config: Mutex<ConfigSpace>,
+    pub(super) power_on: ConfigSpace,
+    pub(super) registers: Mutex<Registers>,
 }
 
 impl<B: Backend> VirtioPci<B> {
@@ -288,7 +288,7 @@ impl<B: Backend> VirtioPci<B> {
         self.queues.bad_requests()
     }
 
-    fn features(&self) -> u64 {
+    pub(super) fn features(&self) -> u64 {
         self.backend.features() | RING_FEATURES
     }
 
@@ -382,7 +382,7 @@ impl<B: Backend> VirtioPci<B> {
     }
 
     /// A vector that the table has, or none.
-    fn vector(&self, wanted: u16) -> u16 {
+    pub(super) fn vector(&self, wanted: u16) -> u16 {
         if wanted < self.queues.msix.table_size() { wanted } else { NO_VECTOR }
     }
 
@@ -431,12 +431,12 @@ impl<B: Backend> VirtioPci<B> {
     }
 
     /// Let all queues be looked at.
-    fn ring_all(&self) {
+    pub(super) fn ring_all(&self) {
         (0..self.queues.slots.len() as u32)
             .for_each(|queue| self.host.workers.ring_once(Piece::Queue(queue)));
     }
 
-    fn reset_device(&self, registers: &mut Registers) {
+    pub(super) fn reset_device(&self, registers: &mut Registers) {
         self.queues.stop();
         self.remove_doorbells(registers);
         self.queues.config_vector.store(NO_VECTOR, Ordering::Relaxed);
@@ -452,7 +452,7 @@ impl<B: Backend> VirtioPci<B> {
     }
 
     /// See that the doorbells of a running device are where the BAR is. Those that KVM refuses still work, by exits.
-    fn place_doorbells(&self, registers: &mut Registers) {
+    pub(super) fn place_doorbells(&self, registers: &mut Registers) {
         let running = self.queues.status.load(Ordering::SeqCst) & DRIVER_OK != 0;
         let base = self.doorbell_base().filter(|_| running);
         if registers.placed == base {

@@ -6,6 +6,7 @@ use std::num::Wrapping;
 use std::sync::atomic::{Ordering, fence};
 
 use arrayvec::ArrayVec;
+use serde::{Deserialize, Serialize};
 use virtio_bindings::virtio_ring::VRING_AVAIL_F_NO_INTERRUPT;
 use virtio_queue::{DescriptorChain, Queue, QueueOwnedT, QueueT};
 use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryMmap, VolatileSlice};
@@ -36,7 +37,7 @@ pub enum RingError {
 pub struct BadChain;
 
 /// Where a driver has put a queue.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Layout {
     /// Entries, a power of 2.
     pub size: u16,
@@ -92,6 +93,17 @@ impl<'m> Chain<'m> {
     }
 }
 
+/// How far the device has come in a queue.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Position {
+    /// Index of the available ring.
+    available: u16,
+    /// Index of the used ring.
+    used: u16,
+    /// Index of the used ring when the driver was last asked whether it wants an interrupt.
+    asked: u16,
+}
+
 /// A queue in use.
 pub struct Ring {
     queue: Queue,
@@ -120,6 +132,29 @@ impl Ring {
             return Err(RingError::Place { size: layout.size });
         }
         Ok(Self { queue, asked: Wrapping(0) })
+    }
+
+    /// How far it has come.
+    pub fn position(&self) -> Position {
+        let (available, used) = (self.queue.next_avail(), self.queue.next_used());
+        Position { available, used, asked: self.asked.0 }
+    }
+
+    /// The queue at `layout`, gone on with from `position`.
+    ///
+    /// # Errors
+    /// [`RingError`] if there is none.
+    pub fn at(
+        layout: &Layout,
+        event_idx: bool,
+        memory: &GuestMemoryMmap,
+        position: Position,
+    ) -> Result<Self, RingError> {
+        let mut ring = Self::new(layout, event_idx, memory)?;
+        ring.queue.set_next_avail(position.available);
+        ring.queue.set_next_used(position.used);
+        ring.asked = Wrapping(position.asked);
+        Ok(ring)
     }
 
     /// The next available chain.

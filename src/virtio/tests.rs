@@ -9,6 +9,7 @@ use vm_memory::{Bytes, GuestAddress, GuestAddressSpace, GuestMemoryMmap};
 use vmm_sys_util::eventfd::EventFd;
 
 use super::pci::{Doorbells, Host, VirtioPci};
+use super::state::Saved;
 use super::*;
 use crate::clock::MonotonicClock;
 use crate::net::{Deliver, Polled};
@@ -62,8 +63,20 @@ struct Driver<B> {
 impl<B: Backend> Driver<B> {
     /// A function that firmware has left at 0x1_0000_0000, with all vectors unmasked.
     fn new(backend: B) -> Self {
-        let memory = GuestMemoryMmap::from_ranges(&[(GuestAddress(0), MEMORY)]).unwrap();
-        let memory = Memory::new(memory);
+        let memory = Memory::new(GuestMemoryMmap::from_ranges(&[(GuestAddress(0), MEMORY)]).unwrap());
+        let driver = Self::on(backend, memory);
+        driver.configure(0x10, &0_u32.to_le_bytes());
+        driver.configure(0x14, &1_u32.to_le_bytes());
+        driver.configure(0x04, &6_u16.to_le_bytes());
+        driver.configure(0x42, &0x8000_u16.to_le_bytes());
+        for vector in 0..=driver.next.len() as u64 {
+            driver.write(0x4000 + 16 * vector + 12, &0_u32.to_le_bytes());
+        }
+        driver
+    }
+
+    /// A function as it is at power-on, in a machine with this memory.
+    fn on(backend: B, memory: Memory) -> Self {
         let machine = Arc::new(Machine::default());
         let queues = backend.queue_sizes().len();
         let host = Host {
@@ -74,14 +87,20 @@ impl<B: Backend> Driver<B> {
             clock: Arc::new(MonotonicClock::new()),
         };
         let function = VirtioPci::new(backend, host).unwrap();
-        let driver = Self { function, machine, memory, next: vec![0; queues], seen: vec![0; queues] };
-        driver.configure(0x10, &0_u32.to_le_bytes());
-        driver.configure(0x14, &1_u32.to_le_bytes());
-        driver.configure(0x04, &6_u16.to_le_bytes());
-        driver.configure(0x42, &0x8000_u16.to_le_bytes());
-        for vector in 0..=queues as u64 {
-            driver.write(0x4000 + 16 * vector + 12, &0_u32.to_le_bytes());
-        }
+        Self { function, machine, memory, next: vec![0; queues], seen: vec![0; queues] }
+    }
+
+    /// The same driver, whose function is another that has become what this one was.
+    fn moved(self, open: impl FnOnce() -> B) -> Self {
+        let Self { function, memory, next, seen, .. } = self;
+        let bytes = postcard::to_stdvec(&function.save()).unwrap();
+        // A disk has one owner.
+        drop(function);
+        let driver = Self { next, seen, ..Self::on(open(), memory) };
+        let state = postcard::from_bytes(&bytes).unwrap();
+        driver.function.load(&state).unwrap();
+        assert_eq!(driver.function.save(), state, "it is what it became");
+        driver.function.go_on();
         driver
     }
 
@@ -586,6 +605,91 @@ fn commands_are_answered() {
     assert_eq!(driver.request(2, &[&[4]], &[1]).1, [1]);
     let mac: [u8; 6] = driver.read(0x2000);
     assert_eq!(mac, [2, 0, 0, 0, 0, 1]);
+}
+
+#[test]
+fn a_saved_disk_goes_on_where_it_was() {
+    let (mut driver, file) = disk(false);
+    driver.start(1 << 29 | 1 << 9);
+    for _ in 0..20 {
+        assert_eq!(driver.request(0, &[&header(0, 1)], &[512, 1]).0, [(0, 513)]);
+    }
+    let doorbells = driver.machine.placed.lock().unwrap().clone();
+    // Available, and not looked at when the machine is saved.
+    driver.offer(0, 0);
+    let mut driver = driver.moved(|| block::Disk::open(file.path(), false, 3).unwrap());
+    assert_eq!(*driver.machine.placed.lock().unwrap(), doorbells);
+    driver.run(0);
+    assert_eq!(driver.used(0), [(0, 513)]);
+    let (used, data) = driver.request(0, &[&header(0, 7)], &[512, 1]);
+    assert_eq!((used, data), (vec![(0, 513)], [&[7; 512][..], &[0]].concat()));
+    let [_, available, _] = Driver::<block::Disk>::rings(0);
+    let index: u16 = driver.memory().read_obj(GuestAddress(available + 2)).unwrap();
+    driver.memory().write_obj(index, GuestAddress(available + 4 + 2 * u64::from(SIZE))).unwrap();
+    driver.request(0, &[&header(0, 7)], &[512, 1]);
+    assert_eq!(*driver.machine.fired.lock().unwrap(), [1], "the queue has its vector");
+}
+
+#[test]
+fn a_saved_nic_asks_its_cable_for_what_the_driver_takes() {
+    let (mut driver, _) = nic(true, true);
+    driver.start(1 << 1);
+    let cable = Arc::new(Kept::default());
+    let config = VirtioNic { netdev: "n".into(), mac: [2, 0, 0, 0, 0, 1], mtu: 1500, workers: None };
+    let mut driver = driver.moved(|| net::Nic::new(config, cable.clone()));
+    assert!(cable.accepts.lock().unwrap().checksum);
+    let frame = [&[0; 12][..], &[1; 60]].concat();
+    assert_eq!(driver.request(1, &[&frame], &[]).0, [(0, 0)]);
+    assert_eq!(cable.sent.lock().unwrap()[0].0, [1; 60]);
+}
+
+#[test]
+fn what_was_pending_is_sent_after_a_restore() {
+    let (mut driver, file) = disk(false);
+    driver.start(0);
+    // Vector 1 masked: its interrupt waits.
+    driver.write(0x4000 + 16 + 12, &1_u32.to_le_bytes());
+    driver.request(0, &[&header(0, 1)], &[512, 1]);
+    let driver = driver.moved(|| block::Disk::open(file.path(), false, 3).unwrap());
+    assert_eq!(driver.read::<4>(0x5000), [2, 0, 0, 0]);
+    driver.write(0x4000 + 16 + 12, &0_u32.to_le_bytes());
+    assert_eq!(*driver.machine.fired.lock().unwrap(), [1]);
+}
+
+#[test]
+fn a_state_that_no_driver_brings_about_is_refused_and_any_that_is_taken_runs() {
+    let (mut driver, _file) = disk(true);
+    driver.start(1 << 29);
+    driver.request(0, &[&header(0, 1)], &[512, 1]);
+    let state = driver.function.save();
+    let sound = postcard::to_stdvec(&state).unwrap();
+    let mut random = 0x2545_f491_4f6c_dd1d_u64;
+    let mut next = |below: usize| {
+        random ^= random << 13;
+        random ^= random >> 7;
+        random ^= random << 17;
+        random as usize % below
+    };
+    let (mut taken, mut refused) = (0, 0);
+    for case in 0..20_000 {
+        let mut bytes = sound.clone();
+        for _ in 0..=case % 3 {
+            // Half of the changes behind the configuration space, which is the most of it.
+            let begin = [0, 258][next(2)];
+            bytes[begin + next(sound.len() - begin)] ^= 1 << next(8);
+        }
+        let Ok(changed) = postcard::from_bytes::<state::FunctionState>(&bytes) else { continue };
+        if driver.function.load(&changed).is_err() {
+            refused += 1;
+            continue;
+        }
+        taken += 1;
+        driver.function.go_on();
+        driver.run(0);
+    }
+    assert!(taken > 500 && refused > 500, "{taken} taken, {refused} refused");
+    driver.function.load(&state).unwrap();
+    assert_eq!(driver.request(0, &[&header(0, 2)], &[512, 1]).0, [(0, 513)], "none left anything behind");
 }
 
 #[test]

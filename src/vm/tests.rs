@@ -62,7 +62,7 @@ fn config(trace: &Path) -> VmConfig {
     }
 }
 
-/// Of a machine with a card that was never switched on, many bytes of the state are changed, where it is checked by
+/// Of a machine with devices that were never switched on, many bytes of the state are changed, where it is checked by
 /// nothing but the machine that it is given to.
 #[test]
 fn a_state_changed_at_random_is_refused_or_taken_up() {
@@ -71,7 +71,9 @@ fn a_state_changed_at_random_is_refused_or_taken_up() {
         return;
     }
     let trace = tempfile::NamedTempFile::new().unwrap();
-    let config = VmConfig { memory: 64 << 20, ..with_card(trace.path()) };
+    let disk = tempfile::NamedTempFile::new().unwrap();
+    disk.as_file().set_len(1 << 20).unwrap();
+    let config = VmConfig { memory: 64 << 20, ..with_devices(trace.path(), disk.path()) };
     let outside = Outside::open(&config).unwrap();
     let machine = Machine::assemble(&config, &outside, memory::allocate(config.memory).unwrap()).unwrap();
     let cpus = machine.vcpus.iter().map(|vcpu| vcpu.save(&machine.msrs).unwrap()).collect();
@@ -121,10 +123,13 @@ fn a_state_changed_at_random_is_refused_or_taken_up() {
     assert!(taken > 75 && refused > 20, "{taken} taken, {refused} refused");
 }
 
-/// As the command line makes it, with a MANA NIC.
-fn with_card(trace: &Path) -> VmConfig {
-    let words = ["mana-vmm", "boot", "--kernel", "Cargo.toml", "--device", "mana"];
-    let Command::Boot(arguments) = Cli::parse_from(words).command else { panic!("not to boot") };
-    let VmConfig { nics, netdevs, .. } = arguments.into_config().unwrap();
-    VmConfig { nics, netdevs, ..config(trace) }
+/// As the command line makes it, with a device of each kind.
+fn with_devices(trace: &Path, disk: &Path) -> VmConfig {
+    let disk = format!("{},readonly=on", disk.display());
+    let words = ["mana-vmm", "boot", "--kernel", "Cargo.toml", "--device", "mana", "--device", "virtio-net"];
+    let Command::Boot(arguments) = Cli::parse_from(words.into_iter().chain(["--disk", &disk])).command else {
+        panic!("not to boot")
+    };
+    let VmConfig { nics, netdevs, virtio_nics, disks, .. } = arguments.into_config().unwrap();
+    VmConfig { nics, netdevs, virtio_nics, disks, ..config(trace) }
 }
