@@ -678,7 +678,7 @@ fn a_state_that_no_driver_brings_about_is_refused_and_any_that_is_taken_runs() {
             let begin = [0, 258][next(2)];
             bytes[begin + next(sound.len() - begin)] ^= 1 << next(8);
         }
-        let Ok(changed) = postcard::from_bytes::<state::FunctionState>(&bytes) else { continue };
+        let Ok(changed) = postcard::from_bytes::<FunctionState>(&bytes) else { continue };
         if driver.function.load(&changed).is_err() {
             refused += 1;
             continue;
