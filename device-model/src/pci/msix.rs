@@ -7,7 +7,7 @@
 
 pub mod state;
 
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::sync::{Arc, Mutex};
 
 use crate::count;
@@ -30,15 +30,13 @@ pub const FUNCTION_MASK: u16 = 1 << 14;
 struct Entry {
     message: MsiMessage,
     masked: bool,
-    pending: bool,
     /// What the sink was last told.
     routed: Option<MsiMessage>,
 }
 
 impl Entry {
     /// Reset: masked, nothing pending.
-    const RESET: Self =
-        Self { message: MsiMessage { address: 0, data: 0 }, masked: true, pending: false, routed: None };
+    const RESET: Self = Self { message: MsiMessage { address: 0, data: 0 }, masked: true, routed: None };
 }
 
 /// The MSI-X capability's machinery.
@@ -47,6 +45,8 @@ pub struct Msix {
     function_mask: AtomicBool,
     bus_master: Arc<AtomicBool>,
     entries: Box<[Mutex<Entry>]>,
+    /// The pending-bit array, as it reads.
+    pending: Box<[AtomicU32]>,
     sink: Arc<dyn MsiSink>,
     tracer: Tracer,
     counters: Arc<Counters>,
@@ -66,6 +66,7 @@ impl Msix {
             function_mask: AtomicBool::new(false),
             bus_master,
             entries: (0..size).map(|_| Mutex::new(Entry::RESET)).collect(),
+            pending: (0..size.div_ceil(32)).map(|_| AtomicU32::new(0)).collect(),
             sink,
             tracer,
             counters,
@@ -82,6 +83,11 @@ impl Msix {
         for entry in &self.entries {
             *lock(entry) = Entry::RESET;
         }
+        self.clear_pending();
+    }
+    /// The word of the pending-bit array that has `vector`'s bit, and the bit; for a vector of the table.
+    fn pending_bit(&self, vector: u16) -> (&AtomicU32, u32) {
+        (&self.pending[usize::from(vector / 32)], 1 << (vector % 32))
     }
     fn may_send(&self) -> bool {
         self.enabled.load(Ordering::SeqCst)
@@ -119,7 +125,7 @@ impl Msix {
     /// Forget what is pending, because its causes are gone: a later owner of the function must not be interrupted for
     /// an earlier one's queues (the 6.1 driver does not survive an interrupt that comes before its first event).
     pub fn clear_pending(&self) {
-        self.entries.iter().for_each(|entry| lock(entry).pending = false);
+        self.pending.iter().for_each(|word| word.store(0, Ordering::SeqCst));
     }
     /// Interrupt on `vector`: sent now, or pending until it can be. A function whose MSI-X is not enabled has no
     /// vectors, and nothing is kept.
@@ -127,11 +133,12 @@ impl Msix {
         if !self.enabled.load(Ordering::SeqCst) {
             return;
         }
-        let Some(entry) = self.entries.get(usize::from(vector)) else {
+        if vector >= self.table_size() {
             count!(self.counters.msix_out_of_range, "MSI-X vector {vector} is beyond the table");
             return;
-        };
-        lock(entry).pending = true;
+        }
+        let (word, bit) = self.pending_bit(vector);
+        word.fetch_or(bit, Ordering::SeqCst);
         if !self.settle(vector) {
             self.counters.msix_pended.bump();
             self.tracer.emit(|| Event::MsixPend { vector });
@@ -148,7 +155,10 @@ impl Msix {
             self.sink.route(vector, entry.message);
             entry.routed = Some(entry.message);
         }
-        let fire = std::mem::take(&mut entry.pending);
+        let (word, bit) = self.pending_bit(vector);
+        // Mostly there is nothing, and then nothing is written.
+        let fire =
+            word.load(Ordering::SeqCst) & bit != 0 && word.fetch_and(!bit, Ordering::SeqCst) & bit != 0;
         drop(entry);
         if fire {
             self.sink.fire(vector);
@@ -202,10 +212,7 @@ impl Msix {
     }
     /// The dword at byte `offset` of the pending-bit array, a multiple of 4.
     pub fn read_pending(&self, offset: u32) -> u32 {
-        let first = offset as usize * 8;
-        (0..32_usize)
-            .filter(|bit| self.entries.get(first + bit).is_some_and(|entry| lock(entry).pending))
-            .fold(0, |bits, bit| bits | 1 << bit)
+        self.pending.get((offset / 4) as usize).map_or(0, |word| word.load(Ordering::SeqCst))
     }
 }
 

@@ -1,5 +1,6 @@
 //! What is kept of MSI-X: the table and the pending bits. Enable and Function Mask stand in configuration space.
 
+use std::sync::Mutex;
 use std::sync::atomic::Ordering;
 
 use serde::{Deserialize, Serialize};
@@ -26,11 +27,12 @@ struct EntryState {
 impl Msix {
     /// What is kept.
     pub fn save(&self) -> MsixState {
-        let save = |entry: &Entry| {
-            let Entry { message: MsiMessage { address, data }, masked, pending, routed: _ } = *entry;
-            EntryState { address, data, masked, pending }
+        let save = |(vector, entry): (u16, &Mutex<Entry>)| {
+            let Entry { message: MsiMessage { address, data }, masked, routed: _ } = *lock(entry);
+            let (word, bit) = self.pending_bit(vector);
+            EntryState { address, data, masked, pending: word.load(Ordering::SeqCst) & bit != 0 }
         };
-        MsixState { entries: self.entries.iter().map(|entry| save(&lock(entry))).collect() }
+        MsixState { entries: (0..).zip(&self.entries).map(save).collect() }
     }
     /// Whether a driver can have brought `state` about.
     ///
@@ -44,9 +46,14 @@ impl Msix {
     }
     /// Become `state`, with Message Control as in configuration space. Routes are told again when they are needed.
     pub fn load(&self, state: &MsixState, control: u16) {
-        for (entry, saved) in self.entries.iter().zip(&state.entries) {
+        self.clear_pending();
+        for ((vector, entry), saved) in (0..).zip(&self.entries).zip(&state.entries) {
             let EntryState { address, data, masked, pending } = *saved;
-            *lock(entry) = Entry { message: MsiMessage { address, data }, masked, pending, routed: None };
+            *lock(entry) = Entry { message: MsiMessage { address, data }, masked, routed: None };
+            if pending {
+                let (word, bit) = self.pending_bit(vector);
+                word.fetch_or(bit, Ordering::SeqCst);
+            }
         }
         self.enabled.store(control & ENABLE != 0, Ordering::SeqCst);
         self.function_mask.store(control & FUNCTION_MASK != 0, Ordering::SeqCst);

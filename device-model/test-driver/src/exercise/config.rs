@@ -83,7 +83,9 @@ impl Machine {
     pub fn check_pending(&self) {
         let mut pending = [0; 8];
         self.device.bar_read(MSIX_BAR, PBA, &mut pending).expect("the pending bits answer");
-        let wrong = u64::from_le_bytes(pending) & !self.vectors.may_pend();
+        let pending = u64::from_le_bytes(pending);
+        // Mostly none is, and a case looks after every step.
+        let wrong = if pending == 0 { 0 } else { pending & !self.vectors.may_pend() };
         assert_eq!(wrong, 0, "vectors {wrong:#b} are pending, though nothing holds them back");
     }
 }
