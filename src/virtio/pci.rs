@@ -3,6 +3,9 @@
 //!
 //! Source: virtio 1.2, 4.1. There is no INTx: a driver without MSI-X polls.
 
+pub(super) mod layout;
+pub(super) mod queues;
+
 use std::io;
 use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU16, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -11,16 +14,20 @@ use anyhow::Context;
 use kvm_ioctls::{IoEventAddress, NoDatamatch, VmFd};
 use mana_device::doors::{Clock, Memory, MsiSink};
 use mana_device::observe::Tracer;
-use mana_device::pci::msix::{self, Msix};
+use mana_device::pci::msix::Msix;
 use mana_device::{AccessError, Bar, ConfigEffect, Ran};
 use virtio_bindings::virtio_config::{
     VIRTIO_CONFIG_S_DRIVER_OK, VIRTIO_CONFIG_S_FEATURES_OK, VIRTIO_CONFIG_S_NEEDS_RESET, VIRTIO_F_VERSION_1,
 };
 use virtio_bindings::virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC};
-use vm_memory::{GuestAddressSpace, GuestMemoryMmap};
+use vm_memory::GuestAddressSpace;
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
-use super::ring::{Layout, Ring, RingError};
+use layout::{COMMAND_MASTER, COMMAND_MEMORY, bar, bar_address, config_space, register};
+pub use queues::Queues;
+use queues::Slot;
+
+use super::ring::{Layout, Ring};
 use super::{Backend, read_image};
 use crate::net::Frame;
 use crate::pci_host::PciFunction;
@@ -37,38 +44,8 @@ pub(super) const NEEDS_RESET: u8 = VIRTIO_CONFIG_S_NEEDS_RESET as u8;
 const RING_FEATURES: u64 =
     1 << VIRTIO_F_VERSION_1 | 1 << VIRTIO_RING_F_INDIRECT_DESC | 1 << VIRTIO_RING_F_EVENT_IDX;
 
-/// What lies where in BAR 0.
-mod bar {
-    use std::ops::Range;
-
-    pub const COMMON: Range<u64> = 0..0x38;
-    pub const ISR: Range<u64> = 0x1000..0x1001;
-    pub const DEVICE: Range<u64> = 0x2000..0x2100;
-    /// A doorbell a queue, [`NOTIFY_MULTIPLIER`] bytes apart.
-    pub const NOTIFY: Range<u64> = 0x3000..0x3400;
-    pub const MSIX_TABLE: Range<u64> = 0x4000..0x5000;
-    pub const MSIX_PBA: Range<u64> = 0x5000..0x5020;
-    pub const SIZE: u64 = 0x8000;
-    pub const NOTIFY_MULTIPLIER: u64 = 4;
-}
 /// Most queues: what MSI-X table and doorbells have room for.
 const MAX_QUEUES: usize = 255;
-
-/// Registers of the configuration space.
-pub(super) mod register {
-    pub const COMMAND: u16 = 0x04;
-    pub const BAR0: u16 = 0x10;
-    pub const MSIX: u16 = 0x40;
-    pub const COMMON: u16 = 0x50;
-    pub const ISR: u16 = 0x60;
-    pub const DEVICE: u16 = 0x70;
-    pub const NOTIFY: u16 = 0x80;
-    pub const ACCESS: u16 = 0x98;
-    /// Data of the configuration access capability.
-    pub const ACCESS_DATA: u16 = ACCESS + 16;
-}
-const COMMAND_MEMORY: u16 = 1 << 1;
-pub(super) const COMMAND_MASTER: u16 = 1 << 2;
 
 pub(super) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
@@ -109,118 +86,6 @@ pub struct Host {
     pub workers: Arc<Mailboxes>,
     /// The machine's clock.
     pub clock: Arc<dyn Clock>,
-}
-
-/// A queue as the workers see it.
-pub(super) struct Slot {
-    /// While the driver is ready and the queue enabled.
-    pub(super) ring: Mutex<Option<Ring>>,
-    pub(super) vector: AtomicU16,
-    bell: EventFd,
-}
-
-/// The queues of a device, and what using them takes.
-pub struct Queues {
-    pub(super) slots: Vec<Slot>,
-    memory: Memory,
-    pub(super) bus_master: Arc<AtomicBool>,
-    pub(super) msix: Msix,
-    pub(super) config_vector: AtomicU16,
-    pub(super) status: AtomicU8,
-    /// Requests that could not be understood.
-    bad_requests: AtomicU64,
-}
-
-impl Queues {
-    /// Do `work` on a queue that is in use, then interrupt the driver if it wants that. `None` if it is not in use, or
-    /// the device is broken.
-    pub fn serve<R>(
-        &self,
-        queue: usize,
-        work: impl FnOnce(&mut Ring, &GuestMemoryMmap) -> Result<R, RingError>,
-    ) -> Option<R> {
-        if !self.bus_master.load(Ordering::Acquire) {
-            return None;
-        }
-        let slot = self.slots.get(queue)?;
-        let memory = self.memory.memory();
-        let mut ring = lock(&slot.ring);
-        let in_use = ring.as_mut()?;
-        let done = work(in_use, &memory).and_then(|done| Ok((done, in_use.wants_interrupt(&memory)?)));
-        match done {
-            Ok((done, interrupt)) => {
-                drop(ring);
-                if interrupt {
-                    self.msix_signal(slot.vector.load(Ordering::Relaxed));
-                }
-                Some(done)
-            }
-            Err(error) => {
-                *ring = None;
-                drop(ring);
-                warn_limited!("virtio: queue {queue}: {error}; the device needs a reset");
-                self.break_down();
-                None
-            }
-        }
-    }
-
-    /// Run a queue of requests: `step` does up to a given number and says how many; when there are no more, the driver
-    /// is asked to ring.
-    pub fn drain(
-        &self,
-        queue: usize,
-        budget: usize,
-        mut step: impl FnMut(&mut Ring, &GuestMemoryMmap, usize) -> Result<usize, RingError>,
-    ) -> Ran {
-        let ran = self.serve(queue, |ring, memory| {
-            let mut left = budget.max(1);
-            ring.quiet(memory)?;
-            loop {
-                left = left.saturating_sub(step(ring, memory, left)?);
-                if left == 0 {
-                    return Ok(Ran::More);
-                }
-                if !ring.listen(memory)? {
-                    return Ok(Ran::Idle);
-                }
-                ring.quiet(memory)?;
-            }
-        });
-        ran.unwrap_or(Ran::Idle)
-    }
-
-    /// A request made no sense; only it is lost.
-    pub fn count_bad_request(&self, why: &dyn std::fmt::Display) {
-        self.bad_requests.fetch_add(1, Ordering::Relaxed);
-        warn_limited!("virtio: a request is lost: {why}");
-    }
-
-    /// Requests that made no sense, so far.
-    pub fn bad_requests(&self) -> u64 {
-        self.bad_requests.load(Ordering::Relaxed)
-    }
-
-    /// Nothing goes until the driver resets the device.
-    fn break_down(&self) {
-        let before = self.status.fetch_or(NEEDS_RESET, Ordering::SeqCst);
-        if before & (DRIVER_OK | NEEDS_RESET) == DRIVER_OK {
-            self.msix_signal(self.config_vector.load(Ordering::Relaxed));
-        }
-    }
-
-    fn msix_signal(&self, vector: u16) {
-        if vector != NO_VECTOR {
-            self.msix.signal(vector);
-        }
-    }
-
-    fn stop(&self) {
-        for slot in &self.slots {
-            *lock(&slot.ring) = None;
-            slot.vector.store(NO_VECTOR, Ordering::Relaxed);
-        }
-    }
 }
 
 /// Registers that the driver sets up the device with.
@@ -496,67 +361,6 @@ impl<B: Backend> VirtioPci<B> {
 fn fresh_registers(sizes: &[u16]) -> Registers {
     let queues = sizes.iter().map(|&size| (Layout { size, ..Layout::default() }, false)).collect();
     Registers { queues, ..Registers::default() }
-}
-
-fn bar_address(config: &ConfigSpace) -> u64 {
-    let register = usize::from(register::BAR0);
-    u64::from(config.u32(register) & !0xf) | u64::from(config.u32(register + 4)) << 32
-}
-
-/// The header and capabilities of a function in its power-on state.
-fn config_space(backend: &impl Backend, vectors: u16) -> ConfigSpace {
-    const VENDOR: u16 = 0x1af4;
-    const FIRST_DEVICE: u16 = 0x1040;
-    const MSIX_CAPABILITY: u16 = 0x11;
-    const VENDOR_CAPABILITY: u16 = 0x09;
-    /// 64 bits, and reading the interrupt status has a side effect.
-    const BAR_FLAGS: u32 = 0b0100;
-
-    let identity = backend.identity();
-    let mut config = ConfigSpace::new();
-    config.set_u16(0x00, VENDOR);
-    config.set_u16(0x02, FIRST_DEVICE + identity.device);
-    config.allow_u16(register::COMMAND.into(), 0x0546);
-    // Capabilities list.
-    config.set_u16(0x06, 0x0010);
-    config.set_u32(0x08, identity.class << 8 | 1);
-    config.allow_u16(0x0c, 0x00ff);
-    let mask = !(bar::SIZE - 1);
-    config.set_u32(register::BAR0.into(), BAR_FLAGS);
-    config.allow_u32(register::BAR0.into(), mask as u32 & !0xf);
-    config.allow_u32(usize::from(register::BAR0) + 4, (mask >> 32) as u32);
-    config.set_u16(0x2c, VENDOR);
-    config.set_u16(0x2e, FIRST_DEVICE + identity.device);
-    config.set_u16(0x34, register::MSIX);
-    config.allow_u16(0x3c, 0x00ff);
-
-    let at = usize::from(register::MSIX);
-    config.set_u16(at, MSIX_CAPABILITY | register::COMMON << 8);
-    config.set_u16(at + 2, vectors - 1);
-    config.allow_u16(at + 2, msix::ENABLE | msix::FUNCTION_MASK);
-    config.set_u32(at + 4, bar::MSIX_TABLE.start as u32);
-    config.set_u32(at + 8, bar::MSIX_PBA.start as u32);
-
-    let structures = [
-        (register::COMMON, register::ISR, 16, 1, bar::COMMON),
-        (register::ISR, register::DEVICE, 16, 3, bar::ISR),
-        (register::DEVICE, register::NOTIFY, 16, 4, bar::DEVICE),
-        (register::NOTIFY, register::ACCESS, 20, 2, bar::NOTIFY),
-        (register::ACCESS, 0, 20, 5, 0..0),
-    ];
-    for (at, next, len, kind, range) in structures {
-        let at = usize::from(at);
-        config.set_u16(at, VENDOR_CAPABILITY | next << 8);
-        config.set_u16(at + 2, len | kind << 8);
-        config.set_u32(at + 8, range.start as u32);
-        config.set_u32(at + 12, (range.end - range.start) as u32);
-    }
-    config.set_u32(usize::from(register::NOTIFY) + 16, bar::NOTIFY_MULTIPLIER as u32);
-    let access = usize::from(register::ACCESS);
-    config.allow_u16(access + 4, 0x00ff);
-    config.allow_u32(access + 8, u32::MAX);
-    config.allow_u32(access + 12, u32::MAX);
-    config
 }
 
 impl<B: Backend> PciFunction for VirtioPci<B> {

@@ -13,9 +13,9 @@ use virtio_bindings::virtio_ring::VIRTIO_RING_F_EVENT_IDX;
 use vm_memory::GuestAddressSpace;
 
 use super::Backend;
-use super::pci::{
-    COMMAND_MASTER, DRIVER_OK, FEATURES_OK, NEEDS_RESET, NO_VECTOR, Registers, VirtioPci, lock, register,
-};
+use super::pci::layout::{COMMAND_MASTER, register};
+use super::pci::queues::Slot;
+use super::pci::{DRIVER_OK, FEATURES_OK, NEEDS_RESET, NO_VECTOR, Registers, VirtioPci, lock};
 use super::ring::{Layout, Position, Ring};
 use crate::pci_host::PciFunction;
 
@@ -58,7 +58,7 @@ pub trait Saved: PciFunction {
 impl<B: Backend> Saved for VirtioPci<B> {
     fn save(&self) -> FunctionState {
         let registers = lock(&self.registers);
-        let queue = |(slot, &(layout, enabled)): (&super::pci::Slot, &(Layout, bool))| QueueState {
+        let queue = |(slot, &(layout, enabled)): (&Slot, &(Layout, bool))| QueueState {
             layout,
             enabled,
             vector: slot.vector.load(Ordering::Relaxed),
