@@ -1,4 +1,5 @@
-//! `suspend [SECONDS]`: suspend, woken by the real-time clock; to RAM where the machine can, else to idle.
+//! `suspend [SECONDS] [--no-link]`: suspend, woken by the real-time clock; to RAM where the machine can, else to idle.
+//! Afterwards links are up again, unless they are nobody's business.
 //!
 //! QEMU's clock raises its wake event only in a machine that is in S3, so that a suspend to idle there has no end.
 
@@ -20,6 +21,7 @@ const SUCCESSES: &str = "/sys/power/suspend_stats/success";
 
 /// The driver's suspend and resume callbacks run for every function; afterwards the links are up again.
 pub fn suspend(arguments: &mut Arguments) -> Result<Value> {
+    let links = !arguments.contains("--no-link");
     let seconds: u64 = arguments.opt_free_from_str()?.unwrap_or(3);
     let before = successes()?;
     let start = sys::uptime_ms();
@@ -38,7 +40,9 @@ pub fn suspend(arguments: &mut Arguments) -> Result<Value> {
     ensure!(successes()? == before + 1, "the kernel counts no successful suspend");
     for function in function::all() {
         ensure!(function.is_bound(), "{} is not bound after resume", function.address);
-        bring_up(&function)?;
+        if links {
+            bring_up(&function)?;
+        }
     }
     Ok(json!({ "duration_ms": duration }))
 }
