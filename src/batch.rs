@@ -3,6 +3,7 @@
 //! Level 1 takes seconds to come up, and longer than many a guest's test takes: one of them can serve many guests.
 
 use std::fs::{self, File};
+use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::process::{Command, ExitCode, Stdio};
 
@@ -81,10 +82,7 @@ fn run_nested(boots: Vec<(Entry, VmConfig)>) -> Result<ExitCode> {
             Ok(code) => entry.end(code),
             Err(error) => {
                 let said = File::options().append(true).create(true).open(&entry.stderr);
-                let said = said.and_then(|mut file| {
-                    use std::io::Write;
-                    writeln!(file, "mana-vmm: {error:#}")
-                });
+                let said = said.and_then(|mut file| writeln!(file, "mana-vmm: {error:#}"));
                 said.with_context(|| format!("can't write {}", entry.stderr.display()))?;
                 entry.end(1)
             }
