@@ -242,7 +242,7 @@ pub struct BootArgs {
     #[arg(
         long,
         value_name = "FILE",
-        conflicts_with_all = ["guest", "kernel", "initrd", "modules", "driver", "append"]
+        conflicts_with_all = ["guest", "kernel", "initrd", "modules", "driver", "append", "boot_timeout"]
     )]
     restore: Option<PathBuf>,
     /// Run the machine once for each seed, under a host that lies (device=mana,hostile=SEED):
@@ -257,6 +257,9 @@ pub struct BootArgs {
     /// End with exit code 3 after so many seconds.
     #[arg(long, value_name = "SECONDS", value_parser = clap::value_parser!(u64).range(1..))]
     timeout: Option<u64>,
+    /// End with exit code 3 if the guest's agent does not run after so many seconds.
+    #[arg(long, value_name = "SECONDS", value_parser = clap::value_parser!(u64).range(1..))]
+    boot_timeout: Option<u64>,
 }
 
 impl BootArgs {
@@ -296,6 +299,7 @@ impl BootArgs {
             trace: self.trace,
             console: self.console,
             timeout: self.timeout.map(Duration::from_secs),
+            boot_timeout: self.boot_timeout.map(Duration::from_secs),
             control: self.control,
             restore: None,
             lies: self.lies.as_deref().map(|text| options::lies(text, self.minimise)).transpose()?,

@@ -164,6 +164,8 @@ pub struct VmConfig {
     pub console: Option<PathBuf>,
     /// End the run with exit code 3 after this long.
     pub timeout: Option<Duration>,
+    /// End with exit code 3 if the guest's agent does not run after this long.
+    pub boot_timeout: Option<Duration>,
     /// Socket for requests to the simulated host.
     pub control: Option<PathBuf>,
     /// Go on with the machine in this file instead of booting a kernel.

@@ -13,6 +13,7 @@ use vmm_sys_util::signal::{block_signal, create_sigset};
 use vmm_sys_util::timerfd::TimerFd;
 
 use crate::control::desk::Desk;
+use crate::legacy::AgentPort;
 use crate::stop::{Outcome, Stop};
 
 /// An event loop of subscribers of any kind.
@@ -68,6 +69,38 @@ impl MutEventSubscriber for Timeout {
 
     fn process(&mut self, _: Events, _: &mut EventOps<'_>) {
         self.stop.request(Outcome::TimedOut);
+    }
+}
+
+/// `--boot-timeout`.
+pub struct BootTimeout {
+    timer: Timeout,
+    agent: Arc<AgentPort>,
+}
+
+impl BootTimeout {
+    /// Stop the run unless `agent` has heard from its guest `after` now.
+    ///
+    /// # Errors
+    /// The host has no timer left.
+    pub fn new(after: Duration, agent: Arc<AgentPort>, stop: Arc<Stop>) -> anyhow::Result<Self> {
+        Ok(Self { timer: Timeout::new(after, stop)?, agent })
+    }
+}
+
+impl MutEventSubscriber for BootTimeout {
+    fn init(&mut self, ops: &mut EventOps<'_>) {
+        self.timer.init(ops);
+    }
+
+    fn process(&mut self, events: Events, ops: &mut EventOps<'_>) {
+        if !self.agent.has_spoken() {
+            eprintln!("mana-vmm: --boot-timeout: the guest has not come up");
+            return self.timer.process(events, ops);
+        }
+        if let Err(error) = self.timer.timer.clear() {
+            log::error!("event loop: {error}");
+        }
     }
 }
 
@@ -148,6 +181,31 @@ mod tests {
         while stop.outcome().is_none() {
             assert!(events.run_with_timeout(5000).unwrap() > 0);
         }
+        assert_eq!(stop.outcome(), Some(&Outcome::TimedOut));
+    }
+
+    #[test]
+    fn a_guest_that_has_come_up_is_left_alone() {
+        use vm_device::DevicePio;
+        use vm_device::bus::PioAddress;
+
+        let (stop, agent) = (Stop::new().unwrap(), Arc::new(AgentPort::default()));
+        let timeout = || Box::new(BootTimeout::new(Duration::ZERO, agent.clone(), stop.clone()).unwrap());
+        // A frame without a payload.
+        agent.pio_write(PioAddress(0xe9), 0, b"L\0\0");
+        let mut events = EventLoop::new().unwrap();
+        events.add_subscriber(timeout());
+        assert_eq!(events.run_with_timeout(5000).unwrap(), 1);
+        assert_eq!(events.run_with_timeout(50).unwrap(), 0, "it comes once");
+        assert_eq!(stop.outcome(), None);
+    }
+
+    #[test]
+    fn a_guest_that_does_not_come_up_ends_the_run() {
+        let (stop, agent) = (Stop::new().unwrap(), Arc::new(AgentPort::default()));
+        let mut events = EventLoop::new().unwrap();
+        events.add_subscriber(Box::new(BootTimeout::new(Duration::ZERO, agent, stop.clone()).unwrap()));
+        assert_eq!(events.run_with_timeout(5000).unwrap(), 1);
         assert_eq!(stop.outcome(), Some(&Outcome::TimedOut));
     }
 }

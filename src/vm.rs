@@ -25,7 +25,7 @@ use crate::clock::MonotonicClock;
 use crate::config::{Slot, VmConfig};
 use crate::control::desk::{self, Desk};
 use crate::control::{Control, ControlSocket};
-use crate::events::{EventLoop, Signals, StopListener, Timeout, WishListener};
+use crate::events::{BootTimeout, EventLoop, Signals, StopListener, Timeout, WishListener};
 use crate::exits::ExitCounts;
 use crate::irq::{self, IrqLine, LevelLine, MsiRoutes};
 use crate::legacy::{
@@ -202,6 +202,9 @@ impl Machine {
         let agent = Arc::new(AgentPort::default());
         let legacy = add_legacy_devices(config, &vm, &mut bus, &mut events, &console, &agent, &stop)?;
         add_endings(&mut events, outside, &stop)?;
+        if let Some(after) = config.boot_timeout {
+            events.add_subscriber(Box::new(BootTimeout::new(after, agent.clone(), stop.clone())?));
+        }
         events.add_subscriber(Box::new(WishListener(outside.desk.clone())));
 
         let cables = Exchange::new(outside.clock.clone());

@@ -26,6 +26,8 @@ const TOO_SLOW: &str =
     "it would take long in an emulated machine, which is what this one's KVM calls for; --vmm qemu runs it";
 /// The step that tells which of the driver's functions were executed.
 const COVERAGE: &str = "coverage";
+/// Seconds in which a guest of an emulated machine comes up, which takes it ten; one in some dozens never does.
+const BOOT_PATIENCE: u64 = 120;
 /// How `mana-vmm` begins its sentence when the machine around the guest's died, the guest not being to blame.
 const EMULATOR_DIED: &str = "the emulated machine (level 1)";
 
@@ -264,6 +266,9 @@ impl Job {
         }
         machine.pcap_options(folder).into_iter().for_each(|pcap| option("pcap", pcap));
         option("timeout", machine.timeout.to_string());
+        if settings.nested {
+            option("boot-timeout", BOOT_PATIENCE.to_string());
+        }
         option("trace", file("trace.jsonl"));
         option("console", file("console"));
         option("exec", transcript::script(&self.steps(settings)));

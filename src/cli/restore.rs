@@ -88,6 +88,8 @@ impl BootArgs {
             trace: self.trace,
             console: self.console,
             timeout: self.timeout.map(Duration::from_secs),
+            // It runs already.
+            boot_timeout: None,
             control: self.control,
             restore: None,
             lies: None,

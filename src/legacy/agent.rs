@@ -43,6 +43,8 @@ struct State {
     /// The frame that is being received, header included.
     frame: Vec<u8>,
     exec_status: Option<i32>,
+    /// A whole frame has come.
+    spoken: bool,
     /// Bytes that the guest is still to read.
     answer: VecDeque<u8>,
     exits: Option<Arc<ExitCounts>>,
@@ -66,7 +68,7 @@ impl AgentPort {
 
     /// What is kept: a frame that is half sent, and an answer that is half read.
     pub fn save(&self) -> AgentState {
-        let State { frame, exec_status, answer, exits: _, control: _ } = &*self.state();
+        let State { frame, exec_status, answer, spoken: _, exits: _, control: _ } = &*self.state();
         AgentState {
             frame: frame.clone(),
             exec_status: *exec_status,
@@ -89,6 +91,11 @@ impl AgentPort {
         Ok(())
     }
 
+    /// The guest's agent runs.
+    pub fn has_spoken(&self) -> bool {
+        self.state().spoken
+    }
+
     /// The `--exec` command's exit status, once it has ended.
     pub fn exec_status(&self) -> Option<i32> {
         self.state().exec_status
@@ -108,6 +115,7 @@ impl DevicePio for AgentPort {
             if let Some((kind, length)) = header(&state.frame)
                 && state.frame.len() == HEADER + usize::from(length)
             {
+                state.spoken = true;
                 let frame = std::mem::take(&mut state.frame);
                 state.receive(kind, frame.get(HEADER..).unwrap_or_default());
             }

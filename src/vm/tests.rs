@@ -58,6 +58,7 @@ fn config(trace: &Path) -> VmConfig {
         lies: None,
         console: None,
         timeout: None,
+        boot_timeout: None,
         seccomp: seccomp::Mode::Off,
     }
 }
