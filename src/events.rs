@@ -7,7 +7,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::Context;
-use event_manager::{EventOps, Events, MutEventSubscriber};
+use event_manager::{EventOps, Events, MutEventSubscriber, SubscriberOps};
 use vmm_sys_util::epoll::EventSet;
 use vmm_sys_util::signal::{block_signal, create_sigset};
 use vmm_sys_util::timerfd::TimerFd;
@@ -18,6 +18,21 @@ use crate::stop::{Outcome, Stop};
 
 /// An event loop of subscribers of any kind.
 pub type EventLoop = event_manager::EventManager<Box<dyn MutEventSubscriber>>;
+
+/// A loop that ends its wait when `stop` has an outcome, and gives it one on a signal and after `timeout`. Signals are
+/// held from now on: make it before any thread starts.
+///
+/// # Errors
+/// The host has no descriptors left.
+pub fn until_stopped(stop: &Arc<Stop>, timeout: Option<Duration>) -> anyhow::Result<EventLoop> {
+    let mut events = EventLoop::new().context("no event loop")?;
+    events.add_subscriber(Box::new(StopListener(stop.clone())));
+    events.add_subscriber(Box::new(Signals::new(stop.clone())?));
+    if let Some(after) = timeout {
+        events.add_subscriber(Box::new(Timeout::new(after, stop.clone())?));
+    }
+    Ok(events)
+}
 
 /// Ends a wait once [`Stop`] has an outcome.
 pub struct StopListener(pub Arc<Stop>);
@@ -168,8 +183,6 @@ fn watch(ops: &mut EventOps<'_>, source: &impl std::os::fd::AsRawFd) {
 
 #[cfg(test)]
 mod tests {
-    use event_manager::SubscriberOps;
-
     use super::*;
 
     #[test]

@@ -31,6 +31,8 @@ pub mod seccomp;
 pub mod serve;
 pub mod snapshot;
 pub mod stop;
+#[cfg(test)]
+mod testing;
 pub mod topology;
 pub mod trace;
 pub mod vcpu;

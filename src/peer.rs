@@ -14,7 +14,7 @@ use vmm_sys_util::epoll::EventSet;
 use vmm_sys_util::timerfd::TimerFd;
 
 use crate::clock::MonotonicClock;
-use crate::events::{EventLoop, Signals, StopListener, Timeout};
+use crate::events;
 use crate::net::{Cable, Frame, Peer, Polled, Stream, peer};
 use crate::seccomp::{self, Role};
 use crate::stop::{Outcome, Stop};
@@ -42,12 +42,7 @@ pub struct PeerConfig {
 pub fn run(config: &PeerConfig) -> anyhow::Result<ExitCode> {
     seccomp::set_mode(config.seccomp);
     let stop = Stop::new()?;
-    let mut events = EventLoop::new().context("no event loop")?;
-    events.add_subscriber(Box::new(StopListener(stop.clone())));
-    events.add_subscriber(Box::new(Signals::new(stop.clone())?));
-    if let Some(after) = config.timeout {
-        events.add_subscriber(Box::new(Timeout::new(after, stop.clone())?));
-    }
+    let mut events = events::until_stopped(&stop, config.timeout)?;
     let clock: Arc<dyn Clock> = Arc::new(MonotonicClock::new());
     let stream = Stream::open("peer", &config.socket, true, config.mtu, &clock)?;
     let host = Peer::new(peer::Network::numbered(0), config.mtu, clock.clone());

@@ -5,14 +5,13 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
 use anyhow::Context;
-use event_manager::SubscriberOps;
 use mana_device::doors::{Clock, Memory};
 use vm_memory::{GuestMemoryAtomic, GuestMemoryMmap};
 
 use crate::clock::MonotonicClock;
 use crate::config::ServeConfig;
 use crate::control::{Control, ControlSocket};
-use crate::events::{EventLoop, Signals, StopListener, Timeout};
+use crate::events;
 use crate::net::Exchange;
 use crate::nic::{Nic, Surroundings};
 use crate::seccomp::{self, Role};
@@ -33,13 +32,7 @@ pub fn run(config: &ServeConfig) -> anyhow::Result<ExitCode> {
     seccomp::set_mode(config.seccomp);
     let clock: Arc<dyn Clock> = Arc::new(MonotonicClock::new());
     let stop = Stop::new()?;
-    let mut events = EventLoop::new().context("no event loop")?;
-    events.add_subscriber(Box::new(StopListener(stop.clone())));
-    // Before any thread starts, so that all of them leave the signals to us.
-    events.add_subscriber(Box::new(Signals::new(stop.clone())?));
-    if let Some(after) = config.timeout {
-        events.add_subscriber(Box::new(Timeout::new(after, stop.clone())?));
-    }
+    let mut events = events::until_stopped(&stop, config.timeout)?;
     let cables = Exchange::new(clock.clone());
     let trace = config.trace.as_deref().map(TraceFile::create).transpose()?;
     let around = Surroundings {

@@ -25,7 +25,7 @@ use crate::clock::MonotonicClock;
 use crate::config::{Slot, VmConfig};
 use crate::control::desk::{self, Desk};
 use crate::control::{Control, ControlSocket};
-use crate::events::{BootTimeout, EventLoop, Signals, StopListener, Timeout, WishListener};
+use crate::events::{self, BootTimeout, EventLoop, Signals, WishListener};
 use crate::exits::ExitCounts;
 use crate::irq::{self, IrqLine, LevelLine, MsiRoutes};
 use crate::legacy::{
@@ -197,11 +197,11 @@ impl Machine {
 
         let stop = Stop::new()?;
         let mut bus = Bus::default();
-        let mut events = EventLoop::new().context("no event loop")?;
+        let remaining = outside.deadline.map(|deadline| deadline.saturating_duration_since(Instant::now()));
+        let mut events = events::until_stopped(&stop, remaining)?;
         let console = Console::new(outside.console(config)?, stop.clone())?;
         let agent = Arc::new(AgentPort::default());
         let legacy = add_legacy_devices(config, &vm, &mut bus, &mut events, &console, &agent, &stop)?;
-        add_endings(&mut events, outside, &stop)?;
         if let Some(after) = config.boot_timeout {
             events.add_subscriber(Box::new(BootTimeout::new(after, agent.clone(), stop.clone())?));
         }
@@ -427,17 +427,6 @@ fn add_legacy_devices(
         events.add_subscriber(Box::new(SerialInput::new(serial.clone(), stop.clone())?));
     }
     Ok(Legacy { serial, rtc, pm, agent: agent.clone() })
-}
-
-/// What may end the run from outside the guest.
-fn add_endings(events: &mut EventLoop, outside: &Outside, stop: &Arc<Stop>) -> anyhow::Result<()> {
-    events.add_subscriber(Box::new(StopListener(stop.clone())));
-    events.add_subscriber(Box::new(Signals::new(stop.clone())?));
-    if let Some(deadline) = outside.deadline {
-        let remaining = deadline.saturating_duration_since(Instant::now());
-        events.add_subscriber(Box::new(Timeout::new(remaining, stop.clone())?));
-    }
-    Ok(())
 }
 
 /// The PCI host bridges with all functions plugged in.

@@ -1,5 +1,7 @@
 //! The MANA NIC (Microsoft Azure Network Adapter) as a device model.
 #![forbid(unsafe_code)]
+// Guest input must reach no panic.
+#![cfg_attr(not(test), deny(clippy::unwrap_used, clippy::expect_used, clippy::panic, clippy::unreachable))]
 
 mod bar0;
 mod card;

@@ -12,6 +12,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
 use serde_json::json;
+use tempfile::NamedTempFile;
 
 use crate::run::{Job, Lane, Outcome, Run, Settings};
 
@@ -68,7 +69,7 @@ struct Planned<'a> {
 /// Runs those of `jobs` with these indices, and tells of each as it ends.
 pub fn run(batch: &[usize], jobs: &[Job], settings: &Settings, ended: &dyn Fn(usize, Outcome)) {
     let started = plan(batch, jobs, settings).and_then(|planned| Ok((start(&planned, settings)?, planned)));
-    let Ok((mut child, planned)) = started else {
+    let Ok((Batch { mut child, said, .. }, planned)) = started else {
         // Each says for itself what is wrong.
         return batch.iter().for_each(|&index| ended(index, jobs[index].run(settings)));
     };
@@ -82,7 +83,14 @@ pub fn run(batch: &[usize], jobs: &[Job], settings: &Settings, ended: &dyn Fn(us
         let code = fs::read_to_string(&exit).ok().and_then(|text| text.parse().ok());
         let outcome = match code {
             Some(code) => job.outcome(Run::read(code, &folder), begin, settings),
-            None => job.run(settings),
+            None => {
+                let mut outcome = job.run(settings);
+                // None was begun, and why is no run's to tell.
+                let why = (index == batch[0]).then(|| fs::read_to_string(said.path()).unwrap_or_default());
+                outcome.repeated =
+                    outcome.repeated.or(why.map(|why| format!("no guest was begun: {}", why.trim())));
+                outcome
+            }
         };
         ended(index, outcome);
     }
@@ -100,7 +108,15 @@ fn plan<'a>(batch: &[usize], jobs: &'a [Job], settings: &Settings) -> Result<Vec
     batch.iter().map(planned).collect()
 }
 
-fn start(planned: &[Planned<'_>], settings: &Settings) -> Result<Child> {
+/// `mana-vmm batch`, and files that it needs no longer than it runs.
+struct Batch {
+    child: Child,
+    /// What it says on its standard error.
+    said: NamedTempFile,
+    _list: NamedTempFile,
+}
+
+fn start(planned: &[Planned<'_>], settings: &Settings) -> Result<Batch> {
     let mut lines = String::new();
     for Planned { job, folder, exit, .. } in planned {
         let arguments = job.arguments(settings, folder);
@@ -110,18 +126,17 @@ fn start(planned: &[Planned<'_>], settings: &Settings) -> Result<Child> {
         lines += &json!({ "options": options, "stdout": stdout, "stderr": stderr, "exit": exit }).to_string();
         lines.push('\n');
     }
-    let first = planned.first().context("an empty batch")?;
-    let file = first.folder.join("batch");
-    fs::write(&file, lines)?;
-    let output = fs::File::create(first.folder.join("batch.stderr"))?;
-    Command::new(&settings.vmm)
+    let (said, list) = (NamedTempFile::new()?, NamedTempFile::new()?);
+    fs::write(list.path(), lines)?;
+    let child = Command::new(&settings.vmm)
         .arg("batch")
-        .arg(&file)
+        .arg(list.path())
         .stdin(Stdio::null())
         .stdout(Stdio::null())
-        .stderr(output)
+        .stderr(said.reopen()?)
         .spawn()
-        .with_context(|| format!("start {}", settings.vmm.display()))
+        .with_context(|| format!("start {}", settings.vmm.display()))?;
+    Ok(Batch { child, said, _list: list })
 }
 
 #[cfg(test)]

@@ -13,6 +13,7 @@ use super::state::Saved;
 use super::*;
 use crate::clock::MonotonicClock;
 use crate::net::{Deliver, Polled};
+use crate::testing::Random;
 use crate::workers::{Function, Piece};
 
 const WRITE: u16 = VRING_DESC_F_WRITE as u16;
@@ -663,21 +664,11 @@ fn a_state_that_no_driver_brings_about_is_refused_and_any_that_is_taken_runs() {
     driver.request(0, &[&header(0, 1)], &[512, 1]);
     let state = driver.function.save();
     let sound = postcard::to_stdvec(&state).unwrap();
-    let mut random = 0x2545_f491_4f6c_dd1d_u64;
-    let mut next = |below: usize| {
-        random ^= random << 13;
-        random ^= random >> 7;
-        random ^= random << 17;
-        random as usize % below
-    };
+    let mut random = Random::default();
     let (mut taken, mut refused) = (0, 0);
     for case in 0..20_000 {
-        let mut bytes = sound.clone();
-        for _ in 0..=case % 3 {
-            // Half of the changes behind the configuration space, which is the most of it.
-            let begin = [0, 258][next(2)];
-            bytes[begin + next(sound.len() - begin)] ^= 1 << next(8);
-        }
+        // Behind the configuration space with its length.
+        let bytes = random.damaged(&sound, 258, 1 + case % 3);
         let Ok(changed) = postcard::from_bytes::<FunctionState>(&bytes) else { continue };
         if driver.function.load(&changed).is_err() {
             refused += 1;

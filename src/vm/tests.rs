@@ -5,6 +5,7 @@ use clap::Parser;
 use super::*;
 use crate::cli::{Cli, Command};
 use crate::config::{Accel, Topology};
+use crate::testing::Random;
 
 /// Set where the test has a process of its own.
 const ALONE: &str = "MANA_TEST_ALONE";
@@ -81,23 +82,12 @@ fn a_state_changed_at_random_is_refused_or_taken_up() {
     let state = machine.state(&config, cpus).unwrap();
     machine.nics.into_iter().for_each(|nic| nic.finish().unwrap());
     let sound = postcard::to_stdvec(&state).unwrap();
-    // Registers are the most of it, and half of the changes are for the rest.
     let registers = postcard::to_stdvec(&(&state.options, &state.cpus)).unwrap().len();
 
-    let mut random = 0x2545_f491_4f6c_dd1d_u64;
-    let mut next = |below: usize| {
-        random ^= random << 13;
-        random ^= random >> 7;
-        random ^= random << 17;
-        random as usize % below
-    };
+    let mut random = Random::default();
     let (mut taken, mut refused) = (0, 0);
     for case in 0..300 {
-        let mut bytes = sound.clone();
-        for _ in 0..case % 4 {
-            let begin = [0, registers][next(2)];
-            bytes[begin + next(sound.len() - begin)] ^= 1 << next(8);
-        }
+        let bytes = random.damaged(&sound, registers, case % 4);
         let ram = memory::allocate(config.memory).unwrap();
         let outcome =
             postcard::from_bytes::<MachineState>(&bytes).map_err(anyhow::Error::from).and_then(|state| {

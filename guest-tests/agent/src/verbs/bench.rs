@@ -1,4 +1,5 @@
-//! `bench-net [--peer NAME] [--null NAME] [--seconds 3] [--only MEASURE]`: what an interface carries, and what that costs in exits.
+//! `bench-net [--peer NAME] [--null NAME] [--seconds 3] [--only MEASURE]`: what an interface carries, and what that costs
+//! in exits.
 //!
 //! `--null` names an interface whose cable takes everything, for the cost of sending alone; `--peer` one whose other end
 //! has echo, discard and chargen, at the address that DHCP has left.
