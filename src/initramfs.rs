@@ -54,6 +54,7 @@ const VERBS: &[&str] = &[
     "log-check",
     "mana-agent",
     "namespace",
+    "next-scenario",
     "offloads",
     "queues",
     "rebind",

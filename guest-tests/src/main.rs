@@ -1,12 +1,13 @@
 //! Runs scenarios against real guest kernels, through the built `mana-vmm` binary only.
 //!
 //! A scenario ([`scenario`]) is a TOML file; each runs on each guest it is for ([`guest`]) as a `mana-vmm` process
-//! ([`mod@run`]), in its own VMM or under QEMU ([`qemu`]). What it prints ([`transcript`], [`json`]), its trace
+//! ([`mod@run`]), in its own VMM or under QEMU ([`qemu`]); some share a guest ([`boot`]). What it prints ([`transcript`], [`json`]), its trace
 //! ([`trace`]) and its console ([`crash`]) are compared with what the file says, and with a model of what drivers do
 //! with vectors ([`model`], [`matrix`]). A [`mod@sweep`] makes the host fail at one command after another. The differences make a [`verdict`], and all verdicts the [`report`].
 
 mod arguments;
 mod batch;
+mod boot;
 mod crash;
 mod guest;
 mod json;
@@ -35,6 +36,7 @@ use anyhow::{Context, Result, ensure};
 use clap::Parser;
 
 use arguments::{Arguments, Command, Vmm};
+use boot::Boot;
 use guest::Guest;
 use progress::Progress;
 use report::Record;
@@ -169,7 +171,8 @@ fn jobs(scenario: &Scenario, guests: &[Named]) -> Vec<Job> {
 /// Runs `jobs`, `at_once` at a time, prints each result as it comes, and gives all in the order of `jobs`.
 fn run_all(jobs: &[Job], settings: &Settings, at_once: usize, keep: bool) -> Vec<Record> {
     let at_once = at_once.max(1);
-    let batches = batch::deal(jobs, settings, at_once);
+    let boots = boot::deal(jobs, settings);
+    let batches = batch::deal(&boots, settings, at_once);
     let next = AtomicUsize::new(0);
     let progress = Progress::new(jobs.len());
     let records = Mutex::new(Vec::new());
@@ -186,10 +189,12 @@ fn run_all(jobs: &[Job], settings: &Settings, at_once: usize, keep: bool) -> Vec
     };
     let work = || {
         while let Some(batch) = batches.get(next.fetch_add(1, Ordering::Relaxed)) {
-            batch.iter().for_each(|&index| progress.begins(&jobs[index].name(&settings.lane)));
+            let batch: Vec<&Boot> = batch.iter().map(|&index| &boots[index]).collect();
+            let runs = batch.iter().flat_map(|boot| &boot.runs);
+            runs.for_each(|&index| progress.begins(&jobs[index].name(&settings.lane)));
             match batch[..] {
-                [index] => ended(index, jobs[index].run(settings)),
-                _ => batch::run(batch, jobs, settings, &ended),
+                [boot] => boot.run(jobs, settings, &ended),
+                _ => batch::run(&batch, jobs, settings, &ended),
             }
         }
     };

@@ -237,9 +237,7 @@ impl Job {
         let qemu::Output { code, stdout, stderr } = output;
         fs::write(folder.join("stdout"), &stdout)?;
         fs::write(folder.join("stderr"), &stderr)?;
-        let console =
-            String::from_utf8_lossy(&fs::read(folder.join("console")).unwrap_or_default()).into_owned();
-        Ok(Run { code, stdout, stderr, console, trace: Trace::read(&folder.join("trace.jsonl"))? })
+        Run::read(code, folder)
     }
 
     /// Words of `mana-vmm` for a run whose files are in `folder`.
@@ -283,7 +281,7 @@ impl Job {
     }
 
     /// The scenario's steps, and those that end every one: a look at the log, and the coverage if it is wanted.
-    fn steps(&self, settings: &Settings) -> Vec<Step> {
+    pub fn steps(&self, settings: &Settings) -> Vec<Step> {
         let allowed = &self.scenario.expect.log_allows;
         let allow: String = allowed.iter().map(|text| format!(" --allow '{text}'")).collect();
         let mut steps = self.scenario.step.clone();
@@ -314,10 +312,19 @@ impl Job {
             found.note(if has { Ok(()) } else { Err(anyhow::anyhow!("stderr lacks '{text}'")) });
         }
         if let Some(Ok(guest)) = &self.guest {
-            for (number, step) in self.steps(settings).iter().enumerate() {
+            let steps = self.steps(settings);
+            for (step, number) in steps.iter().zip(run.first_step..) {
                 let result = transcript::result(&run.stdout, number);
                 let checked = self.check_step(step, result, guest, &run.trace, &mut found.combinations);
                 found.note(checked.with_context(|| format!("step '{}'", step.run)));
+            }
+            if run.is_followed {
+                let end = transcript::result(&run.stdout, run.first_step + steps.len());
+                let checked = end.context("the guest didn't finish it").and_then(|end| {
+                    ensure!(end.status == 0, "status {}, {}", end.status, end.stderr.trim());
+                    Ok(())
+                });
+                found.note(checked.context("at the scenario's end, as the driver was unloaded"));
             }
         }
         if expect.ledger_empty {
@@ -428,6 +435,10 @@ pub struct Run {
     pub console: String,
     /// The device's trace.
     pub trace: Trace,
+    /// Number of the scenario's first step in `stdout`.
+    pub first_step: usize,
+    /// Another scenario went on in the same guest: a step of its own has ended this one.
+    pub is_followed: bool,
 }
 
 impl Run {
@@ -438,7 +449,8 @@ impl Run {
             String::from_utf8_lossy(&bytes).into_owned()
         };
         let trace = Trace::read(&folder.join("trace.jsonl"))?;
-        Ok(Self { code, stdout: text("stdout"), stderr: text("stderr"), console: text("console"), trace })
+        let (stdout, stderr, console) = (text("stdout"), text("stderr"), text("console"));
+        Ok(Self { code, stdout, stderr, console, trace, first_step: 0, is_followed: false })
     }
 
     /// Did the kernel die, or not come to an end?

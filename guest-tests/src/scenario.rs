@@ -34,6 +34,10 @@ pub struct Scenario {
     /// Only under `--full`.
     #[serde(default)]
     pub full: bool,
+    /// It leaves the guest as it found it, but for the driver, which is loaded afresh for each scenario: it may share one
+    /// guest with others of the same machine.
+    #[serde(default)]
+    pub shares_guest: bool,
     /// Kernels whose own driver fails, as it should not.
     #[serde(default)]
     pub expect_failure: Vec<ExpectedFailure>,
@@ -123,7 +127,7 @@ pub enum Growth {
 }
 
 /// `mana-vmm boot`'s options.
-#[derive(Clone, Debug, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct Machine {
     /// `--cpus`.
@@ -339,6 +343,8 @@ fn one_case(name: &str, table: &Table, case: &Table) -> Result<Scenario> {
     }
     let has_work = !scenario.step.is_empty() || scenario.sweep.is_some();
     ensure!(scenario.has_guest() == has_work, "it needs either steps or arguments");
+    let is_plain = scenario.expect.exit == 0 && !scenario.step.is_empty() && scenario.matrix.is_none();
+    ensure!(is_plain || !scenario.shares_guest, "only steps that leave the guest alive may share one");
     Ok(scenario)
 }
 

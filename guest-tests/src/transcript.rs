@@ -36,6 +36,11 @@ pub fn result(output: &str, number: usize) -> Option<StepResult<'_>> {
     Some(StepResult { stdout: stdout.trim(), stderr: stderr.trim(), status })
 }
 
+/// What is printed before step `number`.
+pub fn begin(number: usize) -> String {
+    mark(number, "stdout")
+}
+
 fn mark(number: usize, part: &str) -> String {
     format!("@@ step {number} {part}")
 }

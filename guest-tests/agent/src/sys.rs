@@ -93,7 +93,10 @@ pub fn power_off() -> Error {
     Error::last_os_error()
 }
 
-/// The kernel's log.
+/// A line of the log that begins with this, and goes on with a name, is where a scenario begins.
+pub const SCENARIO: &str = "mana-agent: scenario ";
+
+/// The kernel's log, since the last scenario began.
 pub fn kernel_log() -> Result<String> {
     const READ_ALL: libc::c_int = 3;
     const BUFFER_SIZE: libc::c_int = 10;
@@ -105,7 +108,9 @@ pub fn kernel_log() -> Result<String> {
     let length = unsafe { libc::klogctl(READ_ALL, log.as_mut_ptr().cast(), size) };
     check(length)?;
     log.truncate(length as usize);
-    Ok(String::from_utf8_lossy(&log).into_owned())
+    let log = String::from_utf8_lossy(&log);
+    let begin = log.rfind(SCENARIO).and_then(|at| Some(at + log[at..].find('\n')? + 1));
+    Ok(log[begin.unwrap_or_default()..].to_owned())
 }
 
 /// In a child before it runs its program: a session of its own on the terminal that is its standard input, so that

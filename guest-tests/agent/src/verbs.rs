@@ -10,6 +10,7 @@ mod functions;
 mod host;
 mod log_check;
 mod namespace;
+mod next_scenario;
 mod offloads;
 mod power;
 mod rebind;
@@ -48,6 +49,7 @@ pub fn run(name: &str, mut arguments: Arguments) -> Result<()> {
         "link-wait" => each_interface(&mut arguments, net::wait_for_carrier),
         "log-check" => log_check::run(&mut arguments),
         "namespace" => namespace::run(&mut arguments),
+        "next-scenario" => next_scenario::run(&mut arguments),
         "offloads" => offloads::run(&mut arguments),
         "queues" => queues(&mut arguments),
         "rebind" => functions::rebind(&mut arguments),

@@ -25,13 +25,23 @@ pub fn run(arguments: &mut Arguments) -> Result<Value> {
 
 fn cycle(files: &[String]) -> Result<Value> {
     let unload = timed(|| files.iter().rev().try_for_each(|file| unload(file)))?;
-    let load = timed(|| files.iter().try_for_each(|file| init::load_file(file).context("load")))?;
+    let load = timed(|| load(files))?;
     let link = timed(|| function::all().iter().try_for_each(bring_up))?;
     Ok(json!({ "unload_ms": unload, "load_ms": load, "link_ms": link }))
 }
 
+/// Loads the modules in `files`, one after another.
+pub fn load(files: &[String]) -> Result<()> {
+    files.iter().try_for_each(|file| init::load_file(file).context("load"))
+}
+
 /// Unloads the module of `file`.
-fn unload(file: &str) -> Result<()> {
-    let name = Path::new(file).file_stem().unwrap_or_default().to_string_lossy();
+pub fn unload(file: &str) -> Result<()> {
+    let name = module_name(file);
     sys::unload_module(&name).with_context(|| format!("unload {name}"))
+}
+
+/// The name under which the kernel has the module of `file`.
+pub fn module_name(file: &str) -> String {
+    Path::new(file).file_stem().unwrap_or_default().to_string_lossy().into_owned()
 }
