@@ -40,6 +40,8 @@ const VERBS: &[&str] = &[
     "bench-net",
     "bind",
     "coverage",
+    "cpu-offline",
+    "cpu-online",
     "datagrams",
     "dhcp",
     "echo-tcp",

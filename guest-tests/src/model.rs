@@ -68,6 +68,8 @@ pub struct Topology {
     pub packages: usize,
     /// Parts of equal size.
     pub nodes: usize,
+    /// CPUs that are offline, a bit each.
+    offline: u128,
 }
 
 impl Topology {
@@ -85,7 +87,17 @@ impl Topology {
         let (threads, nodes) = (threads.unwrap_or(1), nodes.unwrap_or(1));
         let packages = sockets.unwrap_or(1) * nodes;
         let product = threads * cores.unwrap_or(1) * packages;
-        Ok(Self { cpus: cpus.unwrap_or(product), threads, packages, nodes })
+        Ok(Self { cpus: cpus.unwrap_or(product), threads, packages, nodes, offline: 0 })
+    }
+
+    /// The same with these CPUs offline.
+    pub fn without(self, offline: &[usize]) -> Self {
+        Self { offline: offline.iter().fold(self.offline, |bits, cpu| bits | 1 << cpu), ..self }
+    }
+
+    /// The CPUs that are online.
+    fn online(self) -> impl Iterator<Item = usize> {
+        (0..self.cpus).filter(move |cpu| self.offline & 1 << cpu == 0)
     }
 
     /// The node of `cpu`.
@@ -103,32 +115,28 @@ impl Topology {
         (0..self.cpus).filter(|&other| part(self, other) == part(self, cpu)).collect()
     }
 
-    /// The CPUs of the core that `cpu` is of.
+    /// The CPUs of the core that `cpu` is of, as far as they are online.
     pub fn siblings(self, cpu: usize) -> BTreeSet<usize> {
-        let first = cpu / self.threads * self.threads;
-        (first..first + self.threads).collect()
+        self.online().filter(|other| other / self.threads == cpu / self.threads).collect()
     }
 
     /// CPUs by distance from `node`: its own, then all others; without a node there is no difference.
     fn levels(self, node: Option<usize>) -> Vec<Vec<usize>> {
-        let all = 0..self.cpus;
         match node {
-            None => vec![all.collect()],
+            None => vec![self.online().collect()],
             Some(node) => {
-                let (near, far): (Vec<_>, Vec<_>) = all.partition(|&cpu| self.node(cpu) == node);
+                let (near, far): (Vec<_>, Vec<_>) = self.online().partition(|&cpu| self.node(cpu) == node);
                 vec![near, far]
             }
         }
     }
 
-    /// One set for each CPU: within a level, a round over the cores for each thread.
+    /// One set for each CPU, at least: within a level, whole rounds over the cores until there are as many as CPUs.
     fn core_by_core(self, node: Option<usize>) -> Vec<BTreeSet<usize>> {
         let of_level = |level: Vec<usize>| {
-            let cores: Vec<_> = level.iter().filter(|cpu| *cpu % self.threads == 0).copied().collect();
-            (0..self.threads)
-                .flat_map(move |_| cores.clone())
-                .map(move |cpu| self.siblings(cpu))
-                .collect::<Vec<_>>()
+            let cores: BTreeSet<BTreeSet<usize>> = level.iter().map(|&cpu| self.siblings(cpu)).collect();
+            let rounds = level.len().div_ceil(cores.len().max(1));
+            (0..rounds).flat_map(|_| cores.iter().cloned()).collect::<Vec<_>>()
         };
         self.levels(node).into_iter().flat_map(of_level).collect()
     }
@@ -173,9 +181,10 @@ impl Limits {
 
 /// Vectors that the driver enables; 0 where it must give up.
 pub fn vectors(generation: Generation, topology: Topology, limits: Limits) -> usize {
+    let cpus = topology.online().count();
     let vectors = match generation {
-        Generation::StaticCpus | Generation::StaticCores => (topology.cpus.min(64) + 1).min(limits.table),
-        Generation::Growing | Generation::GrowingUnshared => (topology.cpus + 1).min(limits.max_msix),
+        Generation::StaticCpus | Generation::StaticCores => (cpus.min(64) + 1).min(limits.table),
+        Generation::Growing | Generation::GrowingUnshared => (cpus + 1).min(limits.max_msix),
     };
     let vectors = match generation {
         Generation::GrowingUnshared => vectors.min(limits.table),
@@ -188,7 +197,7 @@ pub fn vectors(generation: Generation, topology: Topology, limits: Limits) -> us
 
 /// CPUs hinted for each vector, vector 0 first; no vectors where the driver must give up.
 pub fn hints(generation: Generation, topology: Topology, limits: Limits) -> Vec<BTreeSet<usize>> {
-    let cpus = topology.cpus;
+    let cpus = topology.online().count();
     let vectors = vectors(generation, topology, limits);
     let spread: Vec<usize> = topology.levels(limits.node).concat();
     let cores = topology.core_by_core(limits.node);
@@ -204,7 +213,7 @@ pub fn hints(generation: Generation, topology: Topology, limits: Limits) -> Vec<
     }
     let first = if generation == Generation::StaticCores { single(0) } else { cores[0].clone() };
     let queues: Vec<BTreeSet<usize>> = match generation {
-        Generation::GrowingUnshared => (0..cpus).map(|cpu| BTreeSet::from([cpu])).collect(),
+        Generation::GrowingUnshared => topology.online().map(|cpu| BTreeSet::from([cpu])).collect(),
         _ => cores,
     };
     [vec![first], queues[..vectors - 1].to_vec()].concat()
@@ -351,6 +360,16 @@ mod tests {
         check(cpus, Some(0), 3, ["0 1 2", "01 23 01", "01 23 01", "01 23 01"]);
         check(cpus, None, 2, ["0 1", "01 23", "01 23", "01 23"]);
         check(cpus, None, 1, [""; 4]);
+    }
+
+    #[test]
+    fn a_cpu_that_is_offline() {
+        let topology = Topology::parse("cpus=4,threads=2,cores=2").unwrap().without(&[3]);
+        let shown = |limit| {
+            GENERATIONS.map(|generation| words(&hints(generation, topology, limits(limit, limit, Some(0)))))
+        };
+        assert_eq!(shown(64), ["0 1 2 0", "0 01 2 01", "01 01 2 01", "01 0 1 2"]);
+        assert_eq!(shown(3), ["0 1 2", "01 2 01", "01 2 01", "01 2 01"]);
     }
 
     #[test]

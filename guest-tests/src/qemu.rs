@@ -211,7 +211,7 @@ fn qemu_arguments(order: &Order<'_>, sockets: &[PathBuf], serial: &Path) -> Resu
     line.add("global", "ICH9-LPC.disable_s3=0");
     line.add("accel", if order.kvm { "kvm" } else { "tcg,thread=multi" });
     line.add("cpu", if order.kvm { "host" } else { CPU });
-    let Topology { cpus, threads, packages, nodes } = topology;
+    let Topology { cpus, threads, packages, nodes, .. } = topology;
     let cores = cpus / (threads * packages);
     line.add("smp", format!("cpus={cpus},sockets={packages},cores={cores},threads={threads}"));
     let mebibytes = mebibytes(&machine.memory)?;

@@ -367,6 +367,7 @@ impl Job {
             .map(|device| Limits::parse(device))
             .collect::<Result<_>>()?;
         if step.vectors_by_model {
+            let topology = topology.without(&step.offline);
             model::check_vectors(&report, guest.generation, topology, &devices)?;
         }
         if step.functions_by_model {

@@ -189,6 +189,9 @@ pub struct Step {
     /// Its output is that of `vectors`, and agrees with the model of the driver's generation.
     #[serde(default)]
     pub vectors_by_model: bool,
+    /// CPUs that are offline when its output is that of `vectors`.
+    #[serde(default)]
+    pub offline: Vec<usize>,
     /// Its output is that of `functions`, and each function agrees with the model of the driver's generation.
     #[serde(default)]
     pub functions_by_model: bool,

@@ -2,6 +2,7 @@
 
 mod bench;
 pub mod coverage;
+mod cpus;
 mod datagrams;
 mod echo;
 mod establish_again;
@@ -36,6 +37,8 @@ pub fn run(name: &str, mut arguments: Arguments) -> Result<()> {
         "bind" => rebind::bind(&mut arguments),
         "coverage" => coverage::run(),
         "coverage-collect" => coverage::collect(),
+        "cpu-offline" => cpus::offline(&mut arguments),
+        "cpu-online" => cpus::online(&mut arguments),
         "datagrams" => datagrams::run(&mut arguments),
         "dhcp" => each_interface(&mut arguments, net::ask_for_address),
         "echo-tcp" => echo::tcp(&mut arguments),
