@@ -11,7 +11,7 @@ use crate::scenario::{Scenario, Step, Sweep};
 use crate::trace::Trace;
 use crate::verdict::Verdict;
 
-/// Guests that one sweep may use up.
+/// Guests that a sweep may use up for each of its faults.
 const MOST_GUESTS: usize = 64;
 /// Faults after which driver and host agree on what there is: it must be as before without loading the driver afresh,
 /// and nothing be left. An answer that comes twice is taken for the next command's, too.
@@ -57,8 +57,8 @@ pub fn run(job: &Job, sweep: &Sweep, settings: &Settings) -> Outcome {
     let mut guests = 0;
     let (mut coverage, mut repeated) = (None, None);
     while state.done < sweep.faults.len() {
-        if guests == MOST_GUESTS {
-            state.problems.push(format!("{MOST_GUESTS} guests are used up, and the sweep is not over"));
+        if guests == MOST_GUESTS * sweep.faults.len() {
+            state.problems.push(format!("{guests} guests are used up, and the sweep is not over"));
             break;
         }
         guests += 1;
