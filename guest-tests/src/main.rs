@@ -24,6 +24,7 @@ mod sweep;
 mod trace;
 mod transcript;
 mod verdict;
+mod wake;
 
 use std::path::{Path, PathBuf};
 use std::process::{self, ExitCode};

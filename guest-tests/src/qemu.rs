@@ -18,6 +18,7 @@ use crate::guest::Guest;
 use crate::model::Topology;
 use crate::relay::{self, TERMINAL};
 use crate::scenario::Machine;
+use crate::wake;
 
 /// Exit codes of `mana-vmm boot`, which a run under QEMU gets too, so that scenarios expect the same.
 mod code {
@@ -112,14 +113,15 @@ pub fn run(order: &Order<'_>) -> Result<Output> {
     let folder = tempfile::tempdir().context("no folder for sockets")?;
     let sockets = (0..order.machine.devices.len()).map(|index| folder.path().join(index.to_string()));
     let sockets: Vec<PathBuf> = sockets.collect();
-    let (control, serial) = (folder.path().join("control"), folder.path().join("serial"));
+    let [control, serial, monitor] = ["control", "serial", "monitor"].map(|name| folder.path().join(name));
     write_initramfs(order)?;
     let arguments = server_arguments(order, &sockets, &control);
     let mut server = Process::start("server", order.vmm, &arguments, order.folder)?;
     await_sockets(&sockets, &mut server)?;
-    let arguments = qemu_arguments(order, &sockets, &serial)?;
+    let arguments = qemu_arguments(order, &sockets, &serial, &monitor)?;
     let mut qemu = Process::start("qemu", order.qemu, &arguments, order.folder)?;
     relay::start(&serial, &control);
+    wake::start(&monitor);
     let deadline = Instant::now() + Duration::from_secs(order.machine.timeout);
     let mut ended_early = None;
     while qemu.ended()?.is_none() {
@@ -198,7 +200,12 @@ fn await_sockets(sockets: &[PathBuf], server: &mut Process) -> Result<()> {
     Ok(())
 }
 
-fn qemu_arguments(order: &Order<'_>, sockets: &[PathBuf], serial: &Path) -> Result<Vec<String>> {
+fn qemu_arguments(
+    order: &Order<'_>,
+    sockets: &[PathBuf],
+    serial: &Path,
+    monitor: &Path,
+) -> Result<Vec<String>> {
     let machine = order.machine;
     let topology = Topology::parse(&machine.cpus)?;
     let file = |name: &str| order.folder.join(name).display().to_string();
@@ -235,6 +242,7 @@ fn qemu_arguments(order: &Order<'_>, sockets: &[PathBuf], serial: &Path) -> Resu
     line.add("serial", format!("file:{}", file("console")));
     line.add("chardev", format!("socket,id=host,path={},server=on,wait=off", serial.display()));
     line.add("serial", "chardev:host");
+    line.add("qmp", format!("unix:{},server=on,wait=off", monitor.display()));
     line.add("chardev", format!("file,id=agent,path={}", file("agent")));
     line.add("device", "isa-debugcon,iobase=0xe9,chardev=agent");
     add_functions(&mut line, machine, sockets)?;

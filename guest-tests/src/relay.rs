@@ -47,7 +47,8 @@ fn relay(serial: &Path, control: &Path) -> Result<()> {
     Ok(())
 }
 
-fn connect(socket: &Path) -> Result<UnixStream> {
+/// Connects to `socket`, which a program makes that has just been started.
+pub fn connect(socket: &Path) -> Result<UnixStream> {
     let start = Instant::now();
     loop {
         match UnixStream::connect(socket) {
