@@ -37,6 +37,7 @@ const APPLETS: [&str; 6] = ["sh", "modprobe", "rmmod", "udhcpc", "ip", "ping"];
 
 /// Commands of the agent.
 const VERBS: &[&str] = &[
+    "begin-scenario",
     "bench-net",
     "bind",
     "coverage",
@@ -46,6 +47,7 @@ const VERBS: &[&str] = &[
     "dhcp",
     "echo-tcp",
     "echo-udp",
+    "end-scenario",
     "establish-again",
     "ethtool",
     "flr",
@@ -56,7 +58,6 @@ const VERBS: &[&str] = &[
     "log-check",
     "mana-agent",
     "namespace",
-    "next-scenario",
     "offloads",
     "queues",
     "rebind",

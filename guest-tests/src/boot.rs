@@ -1,9 +1,9 @@
 //! One boot of a guest, and the scenarios that share it.
 //!
 //! A guest takes longer to come up than many a scenario. Those that say so (`shares_guest`) and want the same machine run
-//! one after another in one guest. The agent's `next-scenario` ends one and begins the next, with the driver loaded
-//! afresh; trace, console and output are cut there, so that each has its own verdict and its own files. Where the guest
-//! dies, the scenario under way has failed, and those behind it get a guest of their own.
+//! one after another in one guest. The agent ends one (`end-scenario`) and begins the next (`begin-scenario`), with the driver
+//! loaded afresh; trace, console and output are cut there, so that each has its own verdict and its own files. Where the
+//! guest dies, the scenario under way has failed, and those behind it get a guest of their own.
 
 use std::fs;
 use std::time::{Duration, Instant};
@@ -65,7 +65,7 @@ fn merged(runs: &[usize], jobs: &[Job], settings: &Settings) -> Job {
     let mut steps = Vec::new();
     for (now, next) in runs.iter().zip(&runs[1..]) {
         steps.extend(jobs[*now].steps(settings));
-        steps.push(next_scenario(&jobs[*now].scenario, &jobs[*next].scenario));
+        steps.extend(between(&jobs[*now].scenario, &jobs[*next].scenario));
     }
     let mut job = jobs[runs[runs.len() - 1]].clone();
     job.scenario.name = format!("{} and {} more", first.scenario.name, runs.len() - 1);
@@ -75,9 +75,11 @@ fn merged(runs: &[usize], jobs: &[Job], settings: &Settings) -> Job {
     job
 }
 
-fn next_scenario(now: &Scenario, next: &Scenario) -> Step {
+/// The steps that end one scenario and begin the next.
+fn between(now: &Scenario, next: &Scenario) -> [Step; 2] {
     let allow: String = now.expect.log_allows.iter().map(|text| format!(" --allow '{text}'")).collect();
-    Step { run: format!("next-scenario{allow} '{}'", next.name), ..Step::default() }
+    let (end, begin) = (format!("end-scenario{allow}"), format!("begin-scenario '{}'", next.name));
+    [end, begin].map(|run| Step { run, ..Step::default() })
 }
 
 impl Boot {
@@ -133,13 +135,12 @@ impl Boot {
         settings: &Settings,
     ) -> Result<Vec<(Run, Duration)>> {
         let folder = self.job.folder(settings);
-        let mut first = 0;
-        let mut steps = Vec::new();
-        for &number in &self.runs {
-            steps.push(first);
-            first += jobs[number].steps(settings).len() + 1;
+        // The first step of each scenario; two steps before it end one and begin the next.
+        let mut steps = vec![0];
+        for (&before, index) in self.runs.iter().zip(1..self.runs.len()) {
+            steps.push(steps[index - 1] + jobs[before].steps(settings).len() + 2);
         }
-        steps.retain(|&step| step == 0 || run.stdout.contains(&transcript::begin(step)));
+        steps.retain(|&step| step == 0 || run.stdout.contains(&transcript::begin(step - 1)));
         let begun: Vec<&Job> = self.runs.iter().zip(&steps).map(|(&number, _)| &jobs[number]).collect();
         let [trace, console, stdout] = CUT.map(|name| {
             String::from_utf8_lossy(&fs::read(folder.join(name)).unwrap_or_default()).into_owned()
@@ -147,7 +148,7 @@ impl Boot {
         let names = || begun[1..].iter().map(|job| &job.scenario.name);
         let trace = at_lines(&trace, names().map(|name| format!(r#""name":"scenario {name}""#)));
         let console = at_lines(&console, names().map(|name| format!("{BEGINS}{name}")));
-        let stdout = at_lines(&stdout, steps[1..].iter().map(|&step| transcript::begin(step)));
+        let stdout = at_lines(&stdout, steps[1..].iter().map(|&step| transcript::begin(step - 1)));
         let mut ends: Vec<Duration> = trace[1..].iter().map(|part| begin(part)).collect();
         ends.push(whole);
         let mut start = Duration::ZERO;
@@ -228,7 +229,17 @@ mod tests {
         let said: Vec<&str> = together.job.scenario.step.iter().map(|step| step.run.as_str()).collect();
         assert_eq!(
             said,
-            ["true", "log-check", "next-scenario 'b'", "true", "log-check", "next-scenario 'c'", "true"]
+            [
+                "true",
+                "log-check",
+                "end-scenario",
+                "begin-scenario 'b'",
+                "true",
+                "log-check",
+                "end-scenario",
+                "begin-scenario 'c'",
+                "true"
+            ]
         );
 
         let folder = together.job.prepare(&settings).unwrap();
@@ -240,7 +251,7 @@ mod tests {
         write("console", "up\n[ 2.0] mana-agent: scenario b\nBUG\n");
         write("stderr", "the whole boot's");
         let begun = |step| format!("{}\n", transcript::begin(step));
-        let stdout = (0..4).map(begun).collect::<String>();
+        let stdout = (0..5).map(begun).collect::<String>();
         write("stdout", &stdout);
         let run = Run::read(2, &folder).unwrap();
         let parts = together.cut(&run, Duration::from_secs(9), &jobs, &settings).unwrap();
@@ -252,7 +263,7 @@ mod tests {
             .collect();
         assert_eq!(
             shown,
-            [(0, "up\n", 0, true, 2), (2, "[ 2.0] mana-agent: scenario b\nBUG\n", 3, false, 7)],
+            [(0, "up\n", 0, true, 2), (2, "[ 2.0] mana-agent: scenario b\nBUG\n", 4, false, 7)],
             "c gets a guest of its own"
         );
         assert!(parts[0].0.stdout.contains("step 2") && !parts[0].0.stdout.contains("step 3"));

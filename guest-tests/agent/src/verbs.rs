@@ -11,11 +11,11 @@ mod functions;
 mod host;
 mod log_check;
 mod namespace;
-mod next_scenario;
 mod offloads;
 mod power;
 mod rebind;
 mod reload;
+mod scenario;
 mod super_frames;
 mod sweep;
 mod topology;
@@ -34,6 +34,7 @@ use crate::net;
 pub fn run(name: &str, mut arguments: Arguments) -> Result<()> {
     let report = match name {
         "bench-net" => bench::run(&mut arguments),
+        "begin-scenario" => scenario::begin(&mut arguments),
         "bind" => rebind::bind(&mut arguments),
         "coverage" => coverage::run(),
         "coverage-collect" => coverage::collect(),
@@ -43,6 +44,7 @@ pub fn run(name: &str, mut arguments: Arguments) -> Result<()> {
         "dhcp" => each_interface(&mut arguments, net::ask_for_address),
         "echo-tcp" => echo::tcp(&mut arguments),
         "echo-udp" => echo::udp(&mut arguments),
+        "end-scenario" => scenario::end(&mut arguments),
         "establish-again" => establish_again::run(&mut arguments),
         "ethtool" => ethtool::run(&mut arguments),
         "flr" => rebind::flr(&mut arguments),
@@ -52,7 +54,6 @@ pub fn run(name: &str, mut arguments: Arguments) -> Result<()> {
         "link-wait" => each_interface(&mut arguments, net::wait_for_carrier),
         "log-check" => log_check::run(&mut arguments),
         "namespace" => namespace::run(&mut arguments),
-        "next-scenario" => next_scenario::run(&mut arguments),
         "offloads" => offloads::run(&mut arguments),
         "queues" => queues(&mut arguments),
         "rebind" => functions::rebind(&mut arguments),
