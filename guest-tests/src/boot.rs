@@ -17,7 +17,7 @@ use crate::transcript;
 
 /// Most scenarios of one guest.
 const MOST: usize = 6;
-/// What the agent writes to the kernel's log where a scenario begins, before its name.
+/// What the agent (`sys::SCENARIO`) writes to the kernel's log where a scenario begins, before its name.
 const BEGINS: &str = "mana-agent: scenario ";
 /// Files of a run that are cut where a scenario begins. The others are about all of it.
 const CUT: [&str; 3] = ["trace.jsonl", "console", "stdout"];
@@ -77,8 +77,8 @@ fn merged(runs: &[usize], jobs: &[Job], settings: &Settings) -> Job {
 
 /// The steps that end one scenario and begin the next.
 fn between(now: &Scenario, next: &Scenario) -> [Step; 2] {
-    let allow: String = now.expect.log_allows.iter().map(|text| format!(" --allow '{text}'")).collect();
-    let (end, begin) = (format!("end-scenario{allow}"), format!("begin-scenario '{}'", next.name));
+    let end = format!("end-scenario{}", now.expect.allow_options());
+    let begin = format!("begin-scenario '{}'", next.name);
     [end, begin].map(|run| Step { run, ..Step::default() })
 }
 

@@ -282,10 +282,11 @@ impl Job {
 
     /// The scenario's steps, and those that end every one: a look at the log, and the coverage if it is wanted.
     pub fn steps(&self, settings: &Settings) -> Vec<Step> {
-        let allowed = &self.scenario.expect.log_allows;
-        let allow: String = allowed.iter().map(|text| format!(" --allow '{text}'")).collect();
         let mut steps = self.scenario.step.clone();
-        steps.push(Step { run: format!("log-check{allow}"), ..Step::default() });
+        steps.push(Step {
+            run: format!("log-check{}", self.scenario.expect.allow_options()),
+            ..Step::default()
+        });
         if settings.coverage {
             steps.push(Step { run: COVERAGE.to_owned(), ..Step::default() });
         }
@@ -320,10 +321,8 @@ impl Job {
             }
             if run.is_followed {
                 let end = transcript::result(&run.stdout, run.first_step + steps.len());
-                let checked = end.context("the guest didn't finish it").and_then(|end| {
-                    ensure!(end.status == 0, "status {}, {}", end.status, end.stderr.trim());
-                    Ok(())
-                });
+                let checked =
+                    self.check_step(&Step::default(), end, guest, &run.trace, &mut found.combinations);
                 found.note(checked.context("at the scenario's end, as the driver was unloaded"));
             }
         }

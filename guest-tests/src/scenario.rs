@@ -236,6 +236,13 @@ pub struct Expect {
     pub trace: Vec<TraceCheck>,
 }
 
+impl Expect {
+    /// What tells the agent's verbs of complaints that are no failure.
+    pub fn allow_options(&self) -> String {
+        self.log_allows.iter().map(|text| format!(" --allow '{text}'")).collect()
+    }
+}
+
 /// One check on the trace. Patterns are an event's name and conditions on its fields:
 /// `msix.program vector>=1`, `smc.request type=ESTABLISH_HWC`.
 #[derive(Clone, Debug, Deserialize)]

@@ -132,9 +132,14 @@ fn note(stage: &str, result: Result<()>) {
 }
 
 fn report_load(stage: &str, file: &str, result: std::io::Result<()>) {
-    let module = Path::new(file).file_stem().unwrap_or_default().to_string_lossy().into_owned();
+    let module = module_name(file);
     let error = result.err().map(|error| error.to_string());
     channel::log(stage, json!({ "module": module, "error": error }));
+}
+
+/// The name under which the kernel has the module of `file`.
+pub fn module_name(file: &str) -> String {
+    Path::new(file).file_stem().unwrap_or_default().to_string_lossy().into_owned()
 }
 
 /// Loads one module file.

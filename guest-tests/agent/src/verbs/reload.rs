@@ -1,7 +1,5 @@
 //! `reload [N]`: the driver's modules out and in again, N times.
 
-use std::path::Path;
-
 use anyhow::{Context, Result};
 use pico_args::Arguments;
 use serde_json::{Value, json};
@@ -37,11 +35,6 @@ pub fn load(files: &[String]) -> Result<()> {
 
 /// Unloads the module of `file`.
 pub fn unload(file: &str) -> Result<()> {
-    let name = module_name(file);
+    let name = init::module_name(file);
     sys::unload_module(&name).with_context(|| format!("unload {name}"))
-}
-
-/// The name under which the kernel has the module of `file`.
-pub fn module_name(file: &str) -> String {
-    Path::new(file).file_stem().unwrap_or_default().to_string_lossy().into_owned()
 }

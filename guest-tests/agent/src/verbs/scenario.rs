@@ -11,11 +11,11 @@ use anyhow::{Context, Result, bail};
 use pico_args::Arguments;
 use serde_json::{Value, json};
 
-use super::reload::{load, module_name, unload};
+use super::reload::{load, unload};
 use super::{log_check, rebind};
 use crate::channel;
 use crate::function;
-use crate::init::Orders;
+use crate::init::{Orders, module_name};
 use crate::sys;
 
 /// Unloads the driver.
@@ -26,7 +26,7 @@ pub fn end(arguments: &mut Arguments) -> Result<Value> {
     files.iter().rev().filter(is_loaded).map(String::as_str).try_for_each(unload)?;
     let complaints = log_check::complaints_now(&allowed)?;
     if !complaints.is_empty() {
-        bail!("as the driver was unloaded, the kernel's log said:\n{}", complaints.join("\n"));
+        bail!("the kernel's log says, now that the driver is unloaded:\n{}", complaints.join("\n"));
     }
     Ok(json!({}))
 }
